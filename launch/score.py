@@ -1,0 +1,12 @@
+"""Generate and score on the test sets: the newest finished stage, or the one that is named.
+
+python launch/score.py
+python launch/score.py --modality audio
+"""
+
+import sys
+
+from mera_ds.cli.launch import score
+
+if __name__ == "__main__":
+    sys.exit(score())

@@ -1,0 +1,11 @@
+"""Carry out the plans of one or more runs; the same as `mera-ds run`.
+
+python launch/sequence.py runs/experts runs/mera
+"""
+
+import sys
+
+from mera_ds.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["run", *sys.argv[1:]]))

@@ -1,0 +1,355 @@
+"""Model products on disk: connectors, the lineage of backbone deltas, and a manifest.
+
+A product is a folder that says all of a model but its frozen weights:
+
+    manifest.json                  written last: base, lineage, connectors, key, provenance
+    connectors/<modality>.safetensors
+    deltas/<stage>-<modality>.safetensors
+
+The backbone of a product is  θ = θ_base + Σ c_i · s_i · B_i A_i  over its lineage. Finished files
+are hard-linked from product to product, so a product is complete in itself and costs only what it
+adds. Every file is named with its SHA-256; reading checks it.
+"""
+
+import dataclasses
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mera_ds.config import parse
+from mera_ds.errors import DataError, InputError
+from mera_ds.files import (
+    committed_folder,
+    link_or_copy,
+    read_json,
+    require_space,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaEntry:
+    """One stage's contribution to the backbone: coefficient × scale × B A, per linear layer."""
+
+    stage: int
+    modality: str
+    coefficient: str
+    """Exact fraction, e.g. `1/3`; 1 before the merge."""
+    scale: float
+    """LoRA's alpha / rank."""
+    rank: int
+    file: str
+    sha256: str
+    parent: str
+    """`backbone_sha256` of the backbone that this delta was trained on."""
+
+    @property
+    def weight(self) -> float:
+        """The factor of B A."""
+        return float(Fraction(self.coefficient)) * self.scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A file of the product and its hash."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What `manifest.json` holds."""
+
+    schema: int
+    key: str
+    """Hash of everything that determined this product; equal key, equal product."""
+    step: str
+    base_sha256: str
+    lineage: tuple[DeltaEntry, ...]
+    connectors: Mapping[str, FileEntry]
+    provenance: Mapping[str, Any]
+
+    @property
+    def backbone_sha256(self) -> str:
+        """Identity of the backbone: base, and each delta with its coefficient."""
+        return backbone_identity(self.base_sha256, self.lineage)
+
+    @property
+    def model_sha256(self) -> str:
+        """Identity of the whole model: backbone and connectors."""
+        connectors = {name: entry.sha256 for name, entry in self.connectors.items()}
+        return sha256_json([self.backbone_sha256, connectors])
+
+
+def backbone_identity(base_sha256: str, lineage: Iterable[DeltaEntry]) -> str:
+    """Return the hash that names θ_base + Σ c_i Δ_i."""
+    return sha256_json([base_sha256, [[entry.sha256, entry.coefficient] for entry in lineage]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewDelta:
+    """LoRA factors to be added to the lineage: `<module>.lora_A` (r, in), `.lora_B` (out, r)."""
+
+    stage: int
+    modality: str
+    scale: float
+    rank: int
+    tensors: Mapping[str, Tensor]
+
+
+def read_manifest(product: Path) -> Manifest:
+    """Read a product's manifest strictly.
+
+    Raises:
+        InputError: if the product does not exist or is not finished.
+        DataError: if the manifest was written by another version.
+    """
+    if not (product / MANIFEST).exists():
+        raise InputError(f"{product} holds no finished model; run the step that makes it")
+    value = read_json(product / MANIFEST)
+    if value.get("schema") != SCHEMA:
+        raise DataError(f"{product / MANIFEST}: schema {value.get('schema')}, expected {SCHEMA}")
+    return parse(Manifest, value, str(product / MANIFEST))
+
+
+def is_finished(product: Path, key: str) -> bool:
+    """Return whether the product exists and was made from exactly these inputs.
+
+    Raises:
+        InputError: if it exists but was made from other inputs (data, settings or weights).
+    """
+    if not (product / MANIFEST).exists():
+        return False
+    found = read_manifest(product).key
+    if found != key:
+        raise InputError(
+            f"{product} was made from other data, settings or weights than this run has now; "
+            "restore them, delete that folder to make it again, or make a new run"
+        )
+    return True
+
+
+def write_product(
+    product: Path,
+    *,
+    key: str,
+    step: str,
+    base_sha256: str,
+    previous: Path | None,
+    lineage: tuple[DeltaEntry, ...] | None = None,
+    connectors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    delta: NewDelta | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write a product atomically: what `previous` has, changed by what is given.
+
+    Args:
+        product: the folder to make.
+        key: hash of the step's inputs.
+        step: name of the step.
+        base_sha256: hash of the backbone's folder.
+        previous: product whose files are kept where nothing newer is given.
+        lineage: replaces the previous lineage's coefficients (merge).
+        connectors: new tensors per modality.
+        delta: appended to the lineage with coefficient 1.
+        provenance: what else to record.
+
+    Raises:
+        DataError: if a tensor is empty or not finite.
+    """
+    before = read_manifest(previous) if previous is not None else None
+    kept = dict(before.connectors) if before else {}
+    entries = list(lineage if lineage is not None else before.lineage if before else ())
+    size = sum(
+        tensor.numel() * tensor.element_size()
+        for tensors in [*(connectors or {}).values(), *([delta.tensors] if delta else [])]
+        for tensor in tensors.values()
+    )
+    require_space(product.parent, size + 1_000_000)
+    with committed_folder(product) as folder:
+        for modality, entry in kept.items():
+            if modality not in (connectors or {}):
+                link_or_copy(_of(previous) / entry.file, folder / entry.file)
+        for entry in entries:
+            link_or_copy(_of(previous) / entry.file, folder / entry.file)
+        for modality, tensors in (connectors or {}).items():
+            file = f"connectors/{modality}.safetensors"
+            kept[modality] = FileEntry(file=file, sha256=save_tensors(folder / file, tensors))
+        if delta is not None:
+            entries.append(_save_delta(folder, delta, base_sha256, entries))
+        manifest = Manifest(
+            schema=SCHEMA,
+            key=key,
+            step=step,
+            base_sha256=base_sha256,
+            lineage=tuple(entries),
+            connectors=dict(sorted(kept.items())),
+            provenance={**(provenance or {}), "software": software_versions()},
+        )
+        write_json(folder / MANIFEST, dataclasses.asdict(manifest))
+    return manifest
+
+
+def _of(previous: Path | None) -> Path:
+    assert previous is not None
+    return previous
+
+
+def _save_delta(
+    folder: Path, delta: NewDelta, base_sha256: str, lineage: list[DeltaEntry]
+) -> DeltaEntry:
+    file = f"deltas/{delta.stage:02d}-{delta.modality}.safetensors"
+    return DeltaEntry(
+        stage=delta.stage,
+        modality=delta.modality,
+        coefficient="1",
+        scale=delta.scale,
+        rank=delta.rank,
+        file=file,
+        sha256=save_tensors(folder / file, delta.tensors),
+        parent=backbone_identity(base_sha256, lineage),
+    )
+
+
+def software_versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = ("mera-ds", "torch", "deepspeed", "transformers", "peft", "safetensors")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file (inside a folder that is committed later); return its SHA-256.
+
+    Raises:
+        DataError: if there is no tensor, or one is empty or not finite.
+    """
+    if not tensors:
+        raise DataError(f"{path.name}: there is no tensor to save")
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise DataError(f"{path.name}: tensor '{name}' is empty and was not saved")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"{path.name}: tensor '{name}' is not finite and was not saved")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    save_file(ready, str(path))
+    return sha256_file(path)
+
+
+def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file, checking its hash if given.
+
+    Raises:
+        DataError: if the file is missing, damaged or not the one that was written.
+    """
+    if not path.exists():
+        raise DataError(f"{path} is missing; restore it or make its folder again")
+    if sha256 is not None and sha256_file(path) != sha256:
+        raise DataError(f"{path} was changed or damaged (its SHA-256 differs); restore it")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} can't be read as safetensors ({error}); restore it") from None
+
+
+def require_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str
+) -> None:
+    """Compare names and shapes, refusing any difference.
+
+    Raises:
+        DataError: naming up to ten missing, unexpected or mis-shaped tensors.
+    """
+    problems = [f"missing '{name}'" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected '{name}'" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"'{name}' has shape {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name].shape != expected[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise DataError(f"{where} does not fit the model: {'; '.join(problems[:10])}{more}")
+
+
+def load_connector(product: Path, manifest: Manifest, modality: str) -> dict[str, Tensor]:
+    """Read the tensors of one modality's connector."""
+    if modality not in manifest.connectors:
+        raise DataError(f"{product} holds no connector for {modality}")
+    entry = manifest.connectors[modality]
+    return load_tensors(product / entry.file, entry.sha256)
+
+
+def load_delta(product: Path, entry: DeltaEntry) -> dict[str, Tensor]:
+    """Read the LoRA factors of one lineage entry."""
+    return load_tensors(product / entry.file, entry.sha256)
+
+
+def check_lineage(product: Path, manifest: Manifest, base_sha256: str) -> None:
+    """Refuse a product that belongs to another base backbone.
+
+    Raises:
+        InputError: naming both hashes.
+    """
+    if manifest.base_sha256 != base_sha256:
+        raise InputError(
+            f"{product} was trained on the backbone {manifest.base_sha256[:12]}, but the "
+            f"configured one is {base_sha256[:12]}; set backbone.path to the folder it was "
+            "trained on"
+        )
+
+
+def hash_backbone(folder: Path, memory: Path) -> str:
+    """Return the hash of a backbone folder's configuration and weights.
+
+    Args:
+        folder: an HF checkpoint.
+        memory: JSON file in which hashes are remembered by name, size and time of change.
+
+    Raises:
+        InputError: if the folder or its weights are missing.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").exists() or not weights:
+        raise InputError(
+            f"backbone.path: {folder} holds no HF checkpoint (config.json and *.safetensors); "
+            "for the profile 'pocket' run 'mera-ds pocket fetch', otherwise correct the path"
+        )
+    files = [folder / "config.json", *weights]
+    return sha256_json({path.name: remembered_sha256(path, memory) for path in files})
+
+
+def remembered_sha256(path: Path, memory: Path) -> str:
+    """Return a file's SHA-256, or that of a folder's files; computed once per state of the file."""
+    if path.is_dir():
+        files = sorted(entry for entry in path.rglob("*") if entry.is_file())
+        return sha256_json({entry.name: remembered_sha256(entry, memory) for entry in files})
+    status = path.stat()
+    stamp = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    remembered = read_json(memory) if memory.exists() else {}
+    if stamp not in remembered:
+        remembered[stamp] = sha256_file(path)
+        write_json(memory, remembered)
+    return str(remembered[stamp])

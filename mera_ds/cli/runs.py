@@ -1,0 +1,124 @@
+"""The commands `mera-ds init | plan | run | status | report`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mera_ds.config import RunConfig, load_profile, resolve_path, save_config
+from mera_ds.errors import InputError, MeraError
+from mera_ds.log import set_up_console
+from mera_ds.methods import make_plan
+from mera_ds.plan import EvaluateStep, MergeStep, Plan, Step, TrainStep, save_plan
+
+
+def init(arguments: argparse.Namespace) -> None:
+    """Make a run: resolved configuration, plan, and what the profile's recipe builds.
+
+    Raises:
+        InputError: if the folder is a run already, or a setting is wrong.
+    """
+    folder: Path = arguments.run
+    if (folder / "config.yaml").exists():
+        raise InputError(f"{folder} is a run already; choose another name or delete it")
+    overrides = list(arguments.overrides)
+    if arguments.method is not None:
+        overrides.append(f"method={arguments.method}")
+    config = load_profile(arguments.profile, overrides)
+    plan = make_plan(config)
+    if config.build is not None:
+        _build_inside(config, folder)
+    save_plan(plan, folder / "plan.json")
+    save_config(config, folder / "config.yaml")
+    print(f"{folder}: {config.profile}, {plan.method}, {' → '.join(config.order)}")
+    print(f"next: mera-ds plan {folder}; mera-ds run {folder}")
+
+
+def _build_inside(config: RunConfig, folder: Path) -> None:
+    from mera_ds import recipes
+    from mera_ds.recipes.tiny_backbone import write_tiny_backbone
+
+    assert config.build is not None
+    recipes.build(config.build, None, folder / "data", lambda line: None)
+    write_tiny_backbone(resolve_path(config.backbone.path, folder), config.seed)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Print every step, with the work that it is."""
+    from mera_ds.sequence import open_run
+
+    for folder in arguments.runs:
+        run = open_run(folder)
+        print(f"{folder}: {run.plan.method} on {' → '.join(run.config.order)}")
+        for number, step in enumerate(run.plan.steps, start=1):
+            print(f"  {number:2d}  {step.name:24s} {_describe(run.config, run.plan, step)}")
+
+
+def _describe(config: RunConfig, plan: Plan, step: Step) -> str:
+    start = "the bare backbone" if step.start is None else plan.producer(step.start).name
+    if isinstance(step, MergeStep):
+        return f"weigh the newest delta by {step.coefficient}  from {start}"
+    if isinstance(step, EvaluateStep):
+        return f"generate and score on {', '.join(step.modalities)}  with {start}"
+    return f"{_describe_training(config, step)}  from {start}"
+
+
+def _describe_training(config: RunConfig, step: TrainStep) -> str:
+    settings = config.phase(step.phase)
+    shares = ", ".join(
+        part.modality if part.percent == 100 else f"{part.percent:g} % of {part.modality}"
+        for part in step.data
+    )
+    length = (
+        f"at most {settings.max_steps} steps" if settings.max_steps else f"{settings.epochs} epoch"
+    )
+    return (
+        f"train {', '.join(step.trainable)} on {'+'.join(settings.tasks)} of {shares}: "
+        f"{length} of {settings.batch_size}"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Carry out the plans of some runs."""
+    from mera_ds.sequence import open_run, run_plans
+
+    set_up_console()
+    run_plans([open_run(folder, arguments.overrides) for folder in arguments.runs], arguments.until)
+
+
+def status(arguments: argparse.Namespace) -> None:
+    """Print which steps are finished."""
+    from mera_ds.sequence import open_run, step_is_finished
+
+    for folder in arguments.runs:
+        run = open_run(folder)
+        print(f"{folder}: {run.plan.method} on {' → '.join(run.config.order)}")
+        for step in run.plan.steps:
+            try:
+                state = "done" if step_is_finished(run, step) else _partial(folder, step)
+            except MeraError as error:
+                state = "blocked" if _start_is_missing(folder, step) else f"stale: {error}"
+            print(f"  {step.name:24s} {state}")
+
+
+def _start_is_missing(folder: Path, step: Step) -> bool:
+    return step.start is not None and not (folder / step.start / "manifest.json").exists()
+
+
+def _partial(folder: Path, step: Step) -> str:
+    if not isinstance(step, TrainStep):
+        return "to do"
+    checkpoints = sorted((folder / step.output).parent.glob(f"{step.phase}/step-*"))
+    return f"interrupted, saved at {checkpoints[-1].name}" if checkpoints else "to do"
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print the tables of some runs and write them, with figures, to a folder."""
+    from mera_ds.report import write_report
+
+    runs: Sequence[Path] = arguments.runs
+    out = arguments.out or (runs[0] if len(runs) == 1 else runs[0].parent) / "report"
+    written = write_report(runs, out)
+    print(written.text)
+    figures = [path for path in (written.gains, written.scores) if path is not None]
+    print(f"report:  {written.markdown}\ntables:  {written.csv}")
+    print(f"figures: {', '.join(map(str, figures))}")

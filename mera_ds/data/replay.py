@@ -1,0 +1,33 @@
+"""Replay lists: which r % of a modality's units are kept (paper, section 4.2).
+
+The list is fixed by the seed, stratified by task, and nested: every unit of a smaller percentage
+is in every larger one. It is stored as unit ids.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+
+def replay_sample(ids: Sequence[str], tasks: Sequence[str], percent: float, seed: int) -> list[int]:
+    """Return the positions of the replay units, in their original order.
+
+    Each task gives its own r %, rounded up, so that no task is lost.
+
+    Args:
+        ids: unit ids of one modality.
+        tasks: the task of each unit.
+        percent: r, in (0, 100].
+        seed: seed of the run.
+    """
+    chosen: list[int] = []
+    for task in sorted(set(tasks)):
+        positions = [position for position, name in enumerate(tasks) if name == task]
+        positions.sort(key=lambda position: _draw(ids[position], seed))
+        chosen += positions[: math.ceil(len(positions) * percent / 100)]
+    return sorted(chosen)
+
+
+def _draw(unit_id: str, seed: int) -> bytes:
+    """A fixed pseudo-random value of a unit: independent of the percentage and of other units."""
+    return hashlib.sha256(f"{seed}/{unit_id}".encode()).digest()

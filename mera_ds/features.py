@@ -1,0 +1,127 @@
+"""Opening a modality's data with its encoder: features computed once, or media encoded on line.
+
+Features are computed once per medium and kept on disk.
+
+One safetensors file per tar: `values` (n, N, D) fp32 and `lengths` (n,). The folder's name holds
+the fingerprints of the shard set and of the encoder, so features never outlive what made them.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mera_ds.batch import pad_features
+from mera_ds.checkpoint import save_tensors
+from mera_ds.config import RunConfig, cache_folder
+from mera_ds.data.dataset import ModalityData, UnitReader, UnitRef
+from mera_ds.data.prompts import PromptBuilder
+from mera_ds.distributed import World, gather
+from mera_ds.files import committed_folder
+from mera_ds.identity import data_folders
+from mera_ds.log import logger
+from mera_ds.model.encoders import Encoder
+
+ENCODE_BATCH = 16
+FILE = "features.safetensors"
+
+
+def open_data(
+    config: RunConfig,
+    run: Path,
+    modality: str,
+    split: str,
+    encoder: Encoder,
+    prompts: PromptBuilder,
+    world: World,
+) -> tuple[ModalityData, UnitReader]:
+    """Open one split of a modality, with its features computed if the run caches them.
+
+    Every rank must call it.
+
+    Raises:
+        InputError: if the shards are missing or hold another modality.
+        DataError: if a medium can't be decoded, naming it.
+    """
+    data = ModalityData(modality, data_folders(config, run, modality), split)
+    settings = config.modalities[modality]
+    if config.execution.features == "online":
+
+        def load(unit: UnitRef) -> Tensor:
+            return encoder.transform(data.medium(unit, encoder.media))
+
+        return data, UnitReader(data, settings, prompts, load, encoded=False)
+    store = FeatureStore(data, encoder)
+    store.compute_missing(world)
+    return data, UnitReader(data, settings, prompts, store.load, encoded=True)
+
+
+class FeatureStore:
+    """Reads the features of one modality's shard sets, computing those that are missing."""
+
+    def __init__(self, data: ModalityData, encoder: Encoder) -> None:
+        self._data = data
+        self._encoder = encoder
+        self._files: dict[Path, tuple[Tensor, Tensor]] = {}
+        self._places = [
+            [
+                (number, row)
+                for number, shard in enumerate(reader.index.shards)
+                for row in range(len(shard.samples))
+            ]
+            for reader in data.readers
+        ]
+
+    def compute_missing(self, world: World) -> None:
+        """Encode every medium that has no features yet; the ranks share the tars."""
+        todo = [
+            (number, shard)
+            for number, reader in enumerate(self._data.readers)
+            for shard in range(len(reader.index.shards))
+            if not self._folder(number, shard).exists()
+        ]
+        if todo:
+            media = sum(len(self._data.readers[n].index.shards[s].samples) for n, s in todo)
+            logger.info("%s: encoding %d media once", self._data.modality, media)
+        for number, shard in todo[world.rank :: world.size]:
+            self._encode(number, shard, world.device)
+        gather(None)
+
+    def load(self, unit: UnitRef) -> Tensor:
+        """Return the features (N, D) of a unit's medium."""
+        shard, row = self._places[unit.reader][unit.medium]
+        values, lengths = self._open(self._folder(unit.reader, shard) / FILE)
+        return values[row, : int(lengths[row])]
+
+    def _folder(self, reader: int, shard: int) -> Path:
+        made_of = self._data.readers[reader].index.fingerprint[:16]
+        made_by = self._encoder.fingerprint[:16]
+        return cache_folder() / "features" / f"{made_of}-{made_by}" / f"{shard:05d}"
+
+    def _open(self, path: Path) -> tuple[Tensor, Tensor]:
+        if path not in self._files:
+            with safe_open(str(path), framework="pt") as file:
+                self._files[path] = (file.get_tensor("values"), file.get_tensor("lengths"))
+        return self._files[path]
+
+    @torch.no_grad()
+    def _encode(self, reader: int, shard: int, device: str) -> None:
+        self._encoder.to(device)
+        places = self._places[reader]
+        media = [medium for medium, (number, _) in enumerate(places) if number == shard]
+        rows: list[Tensor] = []
+        for start in range(0, len(media), ENCODE_BATCH):
+            units = [UnitRef(reader, medium, 0) for medium in media[start : start + ENCODE_BATCH]]
+            rows += self._features(units, device)
+        padded = pad_features(rows)
+        tensors = {"values": padded.values, "lengths": padded.mask.sum(dim=1)}
+        with committed_folder(self._folder(reader, shard)) as folder:
+            save_tensors(folder / FILE, tensors)
+
+    def _features(self, units: list[UnitRef], device: str) -> list[Tensor]:
+        """Return the real feature tokens (N_b, D) of some media, fp32, on the CPU."""
+        media = [self._data.medium(unit, self._encoder.media) for unit in units]
+        inputs = [self._encoder.transform(medium).to(device) for medium in media]
+        features = self._encoder(inputs).to("cpu", torch.float32)
+        return [row[real] for row, real in zip(features.values, features.mask, strict=True)]

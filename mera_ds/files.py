@@ -1,0 +1,206 @@
+"""One way of writing files: temporary name, fsync, rename. Standard library only.
+
+A killed process leaves the old artefact or the new one, never a mixture; what it leaves besides
+(names with `TEMPORARY`) is removed by `remove_temporaries` at the next start.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mera_ds.errors import InputError, LockedError, ResourceError
+
+TEMPORARY = ".partial"
+"""Suffix part of every unfinished file or folder."""
+
+FAILPOINT_VARIABLE = "MERA_FAILPOINT"
+
+
+def failpoint(name: str) -> None:
+    """Kill this process with SIGKILL if the environment asks for it at this point.
+
+    `MERA_FAILPOINT=<name>` or `<name>:<n>` (the n-th time the point is passed) lets a test stop a
+    process at an exact place; it does nothing otherwise.
+    """
+    wanted, _, nth = os.environ.get(FAILPOINT_VARIABLE, "").partition(":")
+    if wanted != name:
+        return
+    _passes[name] = _passes.get(name, 0) + 1
+    if _passes[name] == int(nth or 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+_passes: dict[str, int] = {}
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Return the hex SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing or broken one is an `InputError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}); restore or rebuild it") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON in one atomic step."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one atomic step: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
+    with full_disk_is_an_error(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def committed_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `final` when the block ends without an error.
+
+    Every file is fsynced before the rename. An existing `final` is replaced. On an error the
+    temporary folder is removed and `final` is untouched.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f"{final.name}{TEMPORARY}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with full_disk_is_an_error(final):
+            yield temporary
+            _sync_tree(temporary)
+        failpoint("commit.before_rename")
+        if final.exists():
+            outgoing = final.with_name(f"{final.name}{TEMPORARY}-old-{os.getpid()}")
+            final.rename(outgoing)
+            temporary.rename(final)
+            shutil.rmtree(outgoing)
+        else:
+            temporary.rename(final)
+        sync_folder(final.parent)
+        failpoint("commit.after_rename")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> list[Path]:
+    """Remove what killed processes left below `folder`; return the removed paths.
+
+    Only call it while holding the lock that covers `folder`.
+    """
+    leftovers = [path for path in sorted(folder.rglob(f"*{TEMPORARY}-*")) if path.exists()]
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return leftovers
+
+
+@contextmanager
+def full_disk_is_an_error(target: Path) -> Iterator[None]:
+    """Turn "no space left" while writing `target` into a `ResourceError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError(
+            f"the disk is full: {target} was not written; free some space and run the same "
+            "command again, it continues from the last finished file"
+        ) from error
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Raise `ResourceError` unless `size` bytes are free where `folder` lies."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise ResourceError(
+            f"{folder} needs {size / 1e6:.1f} MB and its disk has {free / 1e6:.1f} MB free; "
+            "free some space or choose another folder"
+        )
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a finished (never again written) file, or copy it across file systems."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder; the system releases it when the process dies.
+
+    Raises:
+        LockedError: at once, if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise LockedError(
+                f"{folder} is in use by process {holder}; wait for it or stop it"
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,109 @@
+"""What a step's product depends on, as one hash.
+
+Two steps with equal keys make equal products, whichever run they belong to. So a finished step is
+skipped, a product made from other data or settings is refused, and runs can share stages (an
+expert of the first modality is the first stage of every method).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mera_ds.checkpoint import hash_backbone, read_manifest, remembered_sha256
+from mera_ds.config import ComponentConfig, RunConfig, cache_folder, dump, resolve_path
+from mera_ds.errors import InputError
+from mera_ds.files import sha256_json
+from mera_ds.plan import LORA, MergeStep, Plan, Step, TrainStep
+from mera_ds.shards.format import read_index
+
+
+def hash_memory() -> Path:
+    """Return the file in which hashes of large files are remembered."""
+    return cache_folder() / "hashes.json"
+
+
+def base_sha256(config: RunConfig, run: Path) -> str:
+    """Return the hash of the configured backbone folder."""
+    return hash_backbone(resolve_path(config.backbone.path, run), hash_memory())
+
+
+def data_folders(config: RunConfig, run: Path, modality: str) -> list[Path]:
+    """Return the shard folders of a modality; each holds `train` and `test`."""
+    return [resolve_path(text, run) for text in config.modalities[modality].data]
+
+
+def product_key(config: RunConfig, run: Path, plan: Plan, step: Step) -> str:
+    """Return the hash of everything that determines a step's product.
+
+    Raises:
+        InputError: if weights, shards or the product that the step starts from are missing.
+    """
+    start = None
+    if step.start is not None:
+        if not (run / step.start / "manifest.json").exists():
+            missing = plan.producer(step.start)
+            raise InputError(
+                f"{step.name} starts from {missing.name}, which is not finished ({run / step.start} "
+                f"is missing); run 'mera-ds run {run} --until {missing.name}' first"
+            )
+        start = read_manifest(run / step.start).key
+    facts: dict[str, Any] = {"kind": step.kind, "stage": step.stage, "start": start}
+    if isinstance(step, MergeStep):
+        facts["coefficient"] = step.coefficient
+    elif isinstance(step, TrainStep):
+        facts |= _training_facts(config, run, step)
+    return sha256_json(facts)
+
+
+def _training_facts(config: RunConfig, run: Path, step: TrainStep) -> dict[str, Any]:
+    modalities = [part.modality for part in step.data]
+    return {
+        "modality": step.modality,
+        "phase": step.phase,
+        "settings": dump(config.phase(step.phase)),
+        "trainable": step.trainable,
+        "data": [asdict(part) for part in step.data],
+        "seed": config.seed,
+        "base": base_sha256(config, run),
+        "dtype": config.backbone.dtype,
+        "prompt": dump(config.prompt),
+        "lora": dump(config.lora) if LORA in step.trainable else None,
+        "components": {name: _component_facts(config, run, name) for name in modalities},
+    }
+
+
+def _component_facts(config: RunConfig, run: Path, modality: str) -> dict[str, Any]:
+    entry = config.modalities[modality]
+    return {
+        "encoder": _component(entry.encoder, run),
+        "connector": _component(entry.connector, run),
+        "caption_prompt": entry.caption_prompt,
+        "shards": [
+            read_index(folder / "train").fingerprint
+            for folder in data_folders(config, run, modality)
+        ],
+    }
+
+
+def _component(component: ComponentConfig, run: Path) -> Mapping[str, Any]:
+    weights = None
+    if component.weights is not None:
+        weights = remembered_sha256(weights_path(component, run), hash_memory())
+    return {"kind": component.kind, "options": dict(component.options), "weights": weights}
+
+
+def weights_path(component: ComponentConfig, run: Path) -> Path:
+    """Return the weight file (or folder) of an encoder or connector.
+
+    Raises:
+        InputError: if it is missing.
+    """
+    assert component.weights is not None
+    path = resolve_path(component.weights, run)
+    if not path.exists():
+        raise InputError(
+            f"the weights of '{component.kind}' are missing: {path}; for the profile 'pocket' run "
+            "'mera-ds pocket fetch', otherwise correct the path in the run's profile"
+        )
+    return path

@@ -1,0 +1,1 @@
+"""Frozen encoders, trainable connectors and the language model they feed."""

@@ -1,0 +1,174 @@
+"""The multimodal language model: frozen encoders → connectors → shared backbone.
+
+Shape letters: B samples, T positions, N feature tokens, K connector tokens, D backbone width,
+L label positions, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from mera_ds.batch import Batch, Features, Sample, pad_features
+from mera_ds.errors import InputError
+from mera_ds.model.connectors import Connector
+from mera_ds.model.encoders import Encoder
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples laid out for the backbone."""
+
+    embeddings: Tensor
+    """(B, T, D)"""
+    attention: Tensor
+    """(B, T) 1 on real positions, 0 on padding."""
+    label_positions: Tensor
+    """(L, 2) row and position whose hidden state predicts the label."""
+    labels: Tensor
+    """(L,) token ids."""
+
+
+class MultimodalLM(nn.Module):
+    """Backbone, one connector per modality, and the frozen encoders beside them.
+
+    The encoders are not sub-modules: they never train, so no engine has to partition them and no
+    checkpoint holds them.
+    """
+
+    def __init__(
+        self,
+        llm: nn.Module,
+        connectors: Mapping[str, Connector],
+        encoders: Mapping[str, Encoder],
+        max_length: int,
+    ) -> None:
+        super().__init__()
+        self.llm = llm
+        self.connectors = nn.ModuleDict(dict(connectors))
+        self._encoders = dict(encoders)
+        self._max_length = max_length
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone's embedding lies."""
+        return self.llm.get_input_embeddings().weight.device
+
+    def encode(self, samples: Sequence[Sample]) -> Features:
+        """Return the features of the samples' media, from the encoder or as they were stored."""
+        if samples[0].encoded:
+            return pad_features([sample.media for sample in samples])
+        with torch.no_grad():
+            encoder = self._encoders[samples[0].modality]
+            return encoder([sample.media for sample in samples])
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the summed cross-entropy of the batch's counted label positions, in fp32.
+
+        Every connector is called, in the same order whatever the modality; the others see zeros
+        and contribute 0. DeepSpeed's ZeRO would otherwise average wrongly or apply old gradients.
+        """
+        tokens, nothing = self._connect(batch.modality, self.encode(batch.samples))
+        rows = self._lay_out(batch.samples, tokens, batch.counted)
+        hidden_BTD = self._hidden(rows)
+        picked_LD = hidden_BTD[rows.label_positions[:, 0], rows.label_positions[:, 1]]
+        logits_LV = self.llm.get_output_embeddings()(picked_LD).float()
+        loss = functional.cross_entropy(logits_LV, rows.labels, reduction="sum")
+        return loss + nothing + 0.0 * hidden_BTD[:, -1].sum().float()
+
+    def _connect(self, modality: str, features: Features) -> tuple[list[Tensor], Tensor]:
+        """Return each medium's tokens (K_b, D), and a scalar 0 that depends on all connectors."""
+        tokens: list[Tensor] = []
+        nothing = torch.zeros((), device=self.device)
+        for name, connector in self.connectors.items():
+            dtype = next(connector.parameters()).dtype
+            if name == modality:
+                ready = features.to(self.device, dtype)
+                padded_BKD = connector(ready.values, ready.mask)
+                real_BK = connector.token_mask(ready.mask)
+                tokens = [row[real] for row, real in zip(padded_BKD, real_BK, strict=True)]
+            else:
+                zeros = torch.zeros(1, 1, connector.feature_dim, device=self.device, dtype=dtype)
+                seen = torch.ones(1, 1, dtype=torch.bool, device=self.device)
+                nothing = nothing + 0.0 * connector(zeros, seen).float().sum()
+        return tokens, nothing
+
+    def _lay_out(
+        self, samples: Sequence[Sample], tokens: Sequence[Tensor], counted: Sequence[bool]
+    ) -> Rows:
+        """Put prefix, media tokens, suffix and answer of each sample into one right-padded row."""
+        embed = self.llm.get_input_embeddings()
+        rows, positions, labels = [], [], []
+        for number, (sample, tokens_KD) in enumerate(zip(samples, tokens, strict=True)):
+            tail = (*sample.suffix_ids, *sample.answer_ids)
+            ids = torch.tensor((*sample.prefix_ids, *tail), device=self.device)
+            text_TD = embed(ids)
+            cut = len(sample.prefix_ids)
+            media_KD = tokens_KD.to(text_TD.dtype)
+            row = torch.cat([text_TD[:cut], media_KD, text_TD[cut:]])
+            self._check_length(row, sample)
+            rows.append(row)
+            if counted[number]:
+                first = len(row) - len(sample.answer_ids)
+                positions += [(number, place - 1) for place in range(first, len(row))]
+                labels += sample.answer_ids
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        padded_BTD = pad_sequence(rows, batch_first=True)
+        attention = torch.arange(padded_BTD.shape[1], device=self.device)[None] < lengths[:, None]
+        return Rows(
+            padded_BTD,
+            attention.long(),
+            torch.tensor(positions, dtype=torch.long, device=self.device).reshape(-1, 2),
+            torch.tensor(labels, dtype=torch.long, device=self.device),
+        )
+
+    def _check_length(self, row: Tensor, sample: Sample) -> None:
+        if len(row) > self._max_length:
+            raise InputError(
+                f"{sample.id} is {len(row)} tokens long with its medium, more than "
+                f"prompt.max_length={self._max_length}; raise it or shorten the text"
+            )
+
+    def _hidden(self, rows: Rows) -> Tensor:
+        """Return the backbone's last hidden states (B, T, D)."""
+        padding = not bool(rows.attention.all())
+        return self.llm.model(
+            inputs_embeds=rows.embeddings,
+            attention_mask=rows.attention if padding else None,
+            use_cache=False,
+        ).last_hidden_state
+
+    @torch.no_grad()
+    def generate(self, samples: Sequence[Sample], max_new_tokens: int, tokenizer: Any) -> list[str]:
+        """Continue the samples greedily; return the texts up to the end token.
+
+        Args:
+            samples: of one modality, without answers.
+            max_new_tokens: most tokens per text.
+            tokenizer: gives the end token and decodes.
+        """
+        tokens, _ = self._connect(samples[0].modality, self.encode(samples))
+        rows = self._lay_out(samples, tokens, [False] * len(samples))
+        lengths = rows.attention.sum(dim=1).tolist()
+        width = rows.attention.shape[1]
+        embeddings_BTD = torch.stack(
+            [
+                row.roll(width - length, dims=0)
+                for row, length in zip(rows.embeddings, lengths, strict=True)
+            ]
+        )
+        end = tokenizer.eos_token_id
+        ids_BT = self.llm.generate(
+            inputs_embeds=embeddings_BTD,
+            attention_mask=rows.attention.flip(1),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        return [text.strip() for text in tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]

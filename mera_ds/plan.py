@@ -1,0 +1,151 @@
+"""A run's plan: the list of steps that a method writes and the launcher carries out, as data.
+
+Imports no torch: a plan can be made, printed and checked anywhere. Every step that makes a model
+has an `output` folder, relative to the run, and starts from another step's output (or from the
+bare backbone). `mera_ds.methods` writes plans.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mera_ds.config import parse
+from mera_ds.errors import InputError
+from mera_ds.files import read_json, write_json
+
+LORA = "lora"
+"""Trainable set: the LoRA factors on the backbone."""
+
+Phase = Literal["align", "tune", "realign"]
+
+
+def connector_set(modality: str) -> str:
+    """Return the name of the trainable set "connector of this modality"."""
+    return f"connector:{modality}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPart:
+    """A share of one modality's training data."""
+
+    modality: str
+    percent: float = 100.0
+    """100: everything; less: the replay sample of that size (see `mera_ds.data.replay`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """Train some parameter sets on some data, starting from an earlier product."""
+
+    kind: Literal["train"] = "train"
+    name: str
+    stage: int
+    modality: str
+    phase: Phase
+    start: str | None
+    """Output of the step to start from; None: the bare backbone."""
+    trainable: tuple[str, ...]
+    data: tuple[DataPart, ...]
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeStep:
+    """Merge a tuned backbone with the one of the previous stage (paper, equation of CMA*)."""
+
+    kind: Literal["merge"] = "merge"
+    name: str
+    stage: int
+    modality: str
+    start: str
+    """Output of the tune step, whose newest delta is scaled."""
+    coefficient: str
+    """Weight of the newest delta, as an exact fraction, e.g. `1/3`."""
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateStep:
+    """Generate and score on the test sets of some modalities."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    name: str
+    stage: int
+    modality: str
+    start: str
+    modalities: tuple[str, ...]
+    output: str
+
+
+Step = TrainStep | MergeStep | EvaluateStep
+_KINDS: Mapping[str, type[Step]] = {
+    "train": TrainStep,
+    "merge": MergeStep,
+    "evaluate": EvaluateStep,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The steps of a run, in the order in which they are carried out."""
+
+    method: str
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        """Check that each step starts from the output of an earlier one and that names differ."""
+        made: set[str] = set()
+        names: set[str] = set()
+        for step in self.steps:
+            if step.name in names or step.output in made:
+                raise InputError(f"plan: two steps are called {step.name} or write {step.output}")
+            if step.start is not None and step.start not in made:
+                raise InputError(f"plan: {step.name} starts from {step.start}, made by no step")
+            names.add(step.name)
+            made.add(step.output)
+
+    def producer(self, output: str) -> Step:
+        """Return the step that writes `output`."""
+        return next(step for step in self.steps if step.output == output)
+
+    def of_stage(self, modality: str) -> tuple[Step, ...]:
+        """Return the steps of the stage that learns `modality`."""
+        return tuple(step for step in self.steps if step.modality == modality)
+
+    def final_model(self, modality: str) -> str:
+        """Return the output that stands for the finished stage of `modality`."""
+        models = [step.output for step in self.of_stage(modality) if step.kind != "evaluate"]
+        return models[-1]
+
+
+def stage_folder(stage: int, modality: str) -> str:
+    """Return the folder of a stage, relative to the run, e.g. `stages/03-audio`."""
+    return f"stages/{stage:02d}-{modality}"
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write `plan.json`."""
+    steps = [dataclasses.asdict(step) for step in plan.steps]
+    write_json(path, {"schema": 1, "method": plan.method, "steps": steps})
+
+
+def load_plan(path: Path) -> Plan:
+    """Read `plan.json` strictly.
+
+    Raises:
+        InputError: on an unknown or missing key, naming it.
+    """
+    value = read_json(path)
+    return Plan(method=value["method"], steps=_parse_steps(value["steps"], str(path)))
+
+
+def _parse_steps(values: Sequence[Mapping[str, Any]], where: str) -> tuple[Step, ...]:
+    steps = []
+    for position, value in enumerate(values):
+        kind = value.get("kind")
+        if kind not in _KINDS:
+            raise InputError(f"{where}: step {position} is of unknown kind {kind!r}")
+        steps.append(parse(_KINDS[kind], value, f"{where}: step {position}"))
+    return tuple(steps)

@@ -1,0 +1,254 @@
+"""Arranges runs for tables and figures: by profile, then by method and settings, then by order."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mera_ds.report.gains import (
+    GainUndefined,
+    Mean,
+    Progress,
+    ScoreTable,
+    average,
+    average_progress,
+    backward_gain,
+    expert_warnings,
+    forward_gain,
+    progress,
+    relative_gain,
+)
+from mera_ds.report.results import EXPERT, METRICS, Run, Score
+
+GAINS = {"backward": backward_gain, "forward": forward_gain}
+Column = tuple[str, str]
+"""A modality and a task: one test set."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed: one method, one order."""
+
+    label: str
+    """The method, with the settings that tell it from others of the same method."""
+    order: tuple[str, ...]
+    runs: tuple[Run, ...]
+    tables: tuple[ScoreTable, ...]
+    """One a run."""
+
+    @property
+    def last_stage(self) -> int:
+        """Return the last stage that any of the runs has a score of."""
+        return max(run.last_stage for run in self.runs)
+
+    def score(self, stage: int, column: Column) -> Mean:
+        """Return the mean score over the runs."""
+        return _mean_score([run.scores.get((stage, *column)) for run in self.runs])
+
+    def progress(self, gain: str) -> Progress:
+        """Return the `backward` or `forward` gain over the stages, averaged over the runs."""
+        return average_progress([progress(GAINS[gain], table) for table in self.tables])
+
+
+@dataclass(frozen=True)
+class GainRow:
+    """One gain of one method over the stages, averaged over seeds."""
+
+    label: str
+    order: tuple[str, ...] | None
+    """None: the mean over all orders of the method."""
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything of one profile: only runs of one profile are compared."""
+
+    profile: str
+    limits: str
+    groups: tuple[Group, ...]
+    experts: tuple[Run, ...]
+    """Expert runs; the upper bound is the mean of their scores."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """Return all runs, those of the experts first."""
+        return [*self.experts, *(run for group in self.groups for run in group.runs)]
+
+    @property
+    def orders(self) -> list[tuple[str, ...]]:
+        """Return the different orders of the groups, or of the experts if there are no groups."""
+        members = [group.order for group in self.groups]
+        return list(dict.fromkeys(members or [run.config.order for run in self.experts]))
+
+    def columns(self, order: Sequence[str]) -> list[Column]:
+        """Return the test sets that anything was measured on: modalities as in `order`."""
+        measured = {key[1:] for run in self.runs for key in run.scores}
+        pairs = [(modality, task) for modality in order for task in METRICS]
+        return [pair for pair in pairs if pair in measured]
+
+    @property
+    def all_columns(self) -> list[Column]:
+        """Return the test sets of all orders."""
+        return list(dict.fromkeys(pair for order in self.orders for pair in self.columns(order)))
+
+    def rows(self, column: Column) -> list[Score]:
+        """Return every score on one test set."""
+        return [
+            score for run in self.runs for key, score in run.scores.items() if key[1:] == column
+        ]
+
+    def majority(self, column: Column) -> float | None:
+        """Return the share of the most frequent answer of a test set, if it has one."""
+        shares = [row.majority for row in self.rows(column) if row.majority is not None]
+        return shares[-1] if shares else None
+
+    def expert(self, column: Column) -> Mean:
+        """Return the mean score of the experts."""
+        return _mean_score([_expert_score(run, column) for run in self.experts])
+
+    def gains(self, gain: str) -> list[GainRow]:
+        """Return a gain by method and order, with the mean over orders last in each method."""
+        rows = []
+        for label in dict.fromkeys(group.label for group in self.groups):
+            groups = [group for group in self.groups if group.label == label]
+            each = [group.progress(gain) for group in groups]
+            rows += [GainRow(label, g.order, p) for g, p in zip(groups, each, strict=True)]
+            if len(groups) > 1:
+                rows.append(GainRow(label, None, average_progress(each)))
+        return rows
+
+    def warnings(self) -> list[str]:
+        """Return what a reader has to know before trusting the numbers."""
+        found = []
+        for column in self.all_columns:
+            name = "/".join(column)
+            missing = sum(row.missing for row in self.rows(column))
+            if missing:
+                found.append(
+                    f"{name}: {missing} prediction(s) or judgement(s) are missing, over all runs "
+                    "and stages; those scores are not final."
+                )
+            yardsticks = [row.yardstick for row in self.rows(column)]
+            differing = [key for key in yardsticks[0] if len({str(y[key]) for y in yardsticks}) > 1]
+            if differing:
+                found.append(
+                    f"{name} was scored in different ways ({', '.join(differing)}): its scores are "
+                    "not all comparable; evaluate these runs again with one setting."
+                )
+        bounds = {column: self.expert(column).value for column in self.all_columns}
+        experts = {column: score for column, score in bounds.items() if score is not None}
+        shares = {column: self.majority(column) for column in self.all_columns}
+        majority = {column: share for column, share in shares.items() if share is not None}
+        tables = [table for group in self.groups for table in group.tables]
+        return [
+            *found,
+            *expert_warnings(experts, majority, tables),
+            *self._unequal_runs(),
+            *_first_stages(tables),
+        ]
+
+    def _unequal_runs(self) -> list[str]:
+        found = []
+        members = [(group.label, group.runs) for group in self.groups]
+        for label, runs in [(EXPERT, self.experts), *members]:
+            seeds = {run.config.seed for run in runs}
+            if len(seeds) < len(runs):
+                found.append(f"{label}: {len(runs)} runs, but only {len(seeds)} different seed(s).")
+        differing = differing_settings(self.experts)
+        if differing:
+            found.append(
+                f"The experts differ in {', '.join(differing)}; the upper bound is their mean."
+            )
+        return found
+
+
+def summarise(runs: Sequence[Run]) -> list[Section]:
+    """Arrange runs into one section per profile, keeping the order in which they were given."""
+    return [
+        _section(profile, [run for run in runs if run.config.profile == profile])
+        for profile in dict.fromkeys(run.config.profile for run in runs)
+    ]
+
+
+def score_table(run: Run, experts: Sequence[Run], name: str) -> ScoreTable:
+    """Put a run's scores beside the mean scores of the experts."""
+    bounds: dict[Column, float] = {}
+    incomparable: dict[tuple[int, str, str], str] = {}
+    for column in dict.fromkeys(key[1:] for expert in experts for key in expert.scores):
+        scores = [score for expert in experts if (score := _expert_score(expert, column))]
+        bounds[column] = statistics.fmean(score.score for score in scores)
+        for key, score in run.scores.items():
+            other = next((s for s in scores if s.yardstick != score.yardstick), None)
+            if key[1:] == column and other is not None:
+                incomparable[key] = _difference(score, other)
+    values = {key: score.score for key, score in run.scores.items()}
+    return ScoreTable(name, run.config.order, values, bounds, incomparable)
+
+
+def _section(profile: str, runs: Sequence[Run]) -> Section:
+    experts = tuple(run for run in runs if run.config.method == EXPERT)
+    others = [run for run in runs if run.config.method != EXPERT]
+    labels = {run.folder: _label(run, others) for run in others}
+    keys = dict.fromkeys((labels[run.folder], run.config.order) for run in others)
+    groups = []
+    for label, order in keys:
+        members = [r for r in others if (labels[r.folder], r.config.order) == (label, order)]
+        tables = [score_table(run, experts, f"{label} ({run.folder.name})") for run in members]
+        groups.append(Group(label, order, tuple(members), tuple(tables)))
+    return Section(profile, runs[0].config.limits, tuple(groups), experts)
+
+
+def _label(run: Run, runs: Sequence[Run]) -> str:
+    """Return the method; where its runs differ in settings, with the values of this run."""
+    same = [other for other in runs if other.config.method == run.config.method]
+    keys = differing_settings(same)
+    if not keys:
+        return run.config.method
+    values = [run.settings.get(key, "unset") for key in keys]
+    names = [key.rpartition(".")[2] for key in keys]
+    text = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+    if len(text) <= 24:
+        return f"{run.config.method} [{text}]"
+    variants: list[list[str]] = []
+    for other in same:
+        found = [other.settings.get(key, "unset") for key in keys]
+        if found not in variants:
+            variants.append(found)
+    return f"{run.config.method} #{variants.index(values) + 1}"
+
+
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """Return the dotted keys of the settings that are not the same in all of the runs."""
+    settings = [run.settings for run in runs]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    return [key for key in keys if len({each.get(key) for each in settings}) > 1]
+
+
+def _expert_score(run: Run, column: Column) -> Score | None:
+    return next((score for key, score in run.scores.items() if key[1:] == column), None)
+
+
+def _mean_score(scores: Sequence[Score | None]) -> Mean:
+    return average([Mean(s.score, 1, 1) if s else Mean(None, 0, 1) for s in scores])
+
+
+def _difference(score: Score, expert: Score) -> str:
+    names = [name for name, value in score.yardstick.items() if expert.yardstick[name] != value]
+    values = [f"{name} {expert.yardstick[name]}, not {score.yardstick[name]}" for name in names]
+    return f"the expert was scored with {'; '.join(values)}"
+
+
+def _first_stages(tables: Sequence[ScoreTable]) -> list[str]:
+    """Say where the first stage, which counts as 100 %, measured something else."""
+    found = []
+    for table in tables:
+        try:
+            gain = relative_gain(table, 1, table.order[0])
+        except GainUndefined:
+            continue
+        if abs(gain - 100) >= 1:
+            found.append(
+                f"{table.name}: stage 1 counts as 100 %, as in the paper; "
+                f"measured against its expert it is {gain:.2f} %."
+            )
+    return found

@@ -1,0 +1,239 @@
+"""Carrying out a plan: skip what is finished, share what another run has made, launch the rest."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mera_ds.checkpoint import is_finished, read_manifest
+from mera_ds.config import REPOSITORY, RunConfig, load_config
+from mera_ds.distributed import World, ensure_launcher_variables, process_group
+from mera_ds.errors import InputError, Interrupted, MeraError
+from mera_ds.files import committed_folder, folder_lock, link_or_copy, remove_temporaries
+from mera_ds.identity import product_key
+from mera_ds.log import format_duration, logger
+from mera_ds.plan import EvaluateStep, MergeStep, Plan, Step, TrainStep, load_plan
+
+EXIT_INTERRUPTED = Interrupted.exit_code
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, configuration and plan."""
+
+    folder: Path
+    config: RunConfig
+    plan: Plan
+
+
+def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a run's configuration and plan."""
+    config = load_config(folder, overrides)
+    return Run(folder, config, load_plan(folder / "plan.json"))
+
+
+def step_is_finished(run: Run, step: Step) -> bool:
+    """Return whether a step's product exists, made from what the run has now.
+
+    Raises:
+        InputError: if it was made from something else.
+    """
+    from mera_ds.evaluate.run import evaluation_is_finished
+
+    if isinstance(step, EvaluateStep):
+        return evaluation_is_finished(run.folder, run.config, step)
+    if not (run.folder / step.output / "manifest.json").exists():
+        return False
+    return is_finished(
+        run.folder / step.output, product_key(run.config, run.folder, run.plan, step)
+    )
+
+
+def execute_step(run: Run, step: Step, world: World) -> None:
+    """Carry out one step in this process (all ranks of a training step call it)."""
+    if isinstance(step, TrainStep):
+        from mera_ds.train.stage import run_train_step
+
+        run_train_step(run.folder, run.config, run.plan, step, world)
+    elif isinstance(step, MergeStep):
+        execute_merge(run, step)
+    else:
+        from mera_ds.evaluate.run import run_evaluate_step
+
+        run_evaluate_step(run.folder, run.config, step, world)
+
+
+def execute_merge(run: Run, step: MergeStep) -> None:
+    """Write the merged model of a stage, unless it is finished."""
+    from mera_ds.merge.lineage import merge_product
+
+    key = product_key(run.config, run.folder, run.plan, step)
+    if is_finished(run.folder / step.output, key):
+        logger.info("%s is finished", step.name)
+        return
+    manifest = merge_product(
+        run.folder / step.start,
+        run.folder / step.output,
+        key=key,
+        step=step.name,
+        stage=step.stage,
+        coefficient=step.coefficient,
+    )
+    logger.info(
+        "%s: newest delta weighted by %s, backbone %s",
+        step.name,
+        step.coefficient,
+        manifest.backbone_sha256[:12],
+    )
+
+
+def share_product(run: Run, step: Step, others: Sequence[Path]) -> bool:
+    """Take over a product with the same key from another run, by hard links.
+
+    Returns:
+        Whether one was found.
+    """
+    if isinstance(step, EvaluateStep) or (run.folder / step.output).exists():
+        return False
+    key = product_key(run.config, run.folder, run.plan, step)
+    for other in others:
+        source = other / step.output
+        if other == run.folder or not (source / "manifest.json").exists():
+            continue
+        if read_manifest(source).key == key:
+            with committed_folder(run.folder / step.output) as folder:
+                for path in sorted(entry for entry in source.rglob("*") if entry.is_file()):
+                    link_or_copy(path, folder / path.relative_to(source))
+            logger.info("%s: the same as in %s, taken from there", step.name, other)
+            return True
+    return False
+
+
+def run_plans(runs: Sequence[Run], until: str | None = None) -> None:
+    """Carry out the plans of some runs one after another, sharing equal products.
+
+    Args:
+        runs: the runs; a product that one has made is not made again by the others.
+        until: stop behind the step of this name (or behind its stage, e.g. `02-video`).
+
+    Raises:
+        MeraError: of the first step that fails; what is finished stays.
+    """
+    clock = _Clock(sum(cost(run, step) for run in runs for step in _wanted(run, until)))
+    folders = [run.folder for run in runs]
+    for run in runs:
+        with folder_lock(run.folder):
+            remove_temporaries(run.folder)
+            for step in _wanted(run, until):
+                _carry_out(run, step, folders, clock)
+
+
+def _wanted(run: Run, until: str | None) -> list[Step]:
+    if until is None:
+        return list(run.plan.steps)
+    names = [step.name for step in run.plan.steps]
+    places = [place for place, name in enumerate(names) if until in (name, name.partition("/")[0])]
+    stages = [place for place, step in enumerate(run.plan.steps) if step.modality == until]
+    if not places and not stages:
+        raise InputError(f"--until {until} names no step; steps: {', '.join(names)}")
+    return list(run.plan.steps[: max(places + stages) + 1])
+
+
+def _carry_out(run: Run, step: Step, folders: Sequence[Path], clock: "_Clock") -> None:
+    label = f"{run.folder.name} {step.name}"
+    if step_is_finished(run, step):
+        clock.skip(cost(run, step))
+        logger.info("%s: finished before", label)
+        return
+    if share_product(run, step, folders):
+        clock.skip(cost(run, step))
+        return
+    logger.info("── %s  (%s)", label, clock.line())
+    inline = isinstance(step, MergeStep | EvaluateStep)
+    if inline or run.config.execution.launcher == "inline":
+        world = ensure_launcher_variables()
+        with process_group(world, run.config.execution.timeout_seconds):
+            execute_step(run, step, world)
+    else:
+        _launch(run, step)
+    clock.done(cost(run, step))
+
+
+def _launch(run: Run, step: Step) -> None:
+    """Start a training step under torchrun or deepspeed and pass on how it ended."""
+    script = "realign.py" if isinstance(step, TrainStep) and step.phase == "realign" else "stage.py"
+    execution = run.config.execution
+    command = [
+        *_launcher_command(execution.launcher, execution.processes),
+        str(REPOSITORY / "launch" / script),
+        "--run-folder",  # torchrun would take --run for its own --run-path
+        str(run.folder),
+        "--modality",
+        step.modality,
+        "--step",
+        step.name,
+    ]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    environment["MERA_RUN_IS_LOCKED"] = "1"
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code == EXIT_INTERRUPTED:
+        raise Interrupted(f"{step.name} was stopped; run the same command to continue")
+    if code != 0:
+        raise MeraError(
+            f"{step.name} ended with exit status {code}; see the lines above, then run the same "
+            "command again to continue"
+        )
+
+
+def _launcher_command(launcher: str, processes: int) -> list[str]:
+    if launcher == "torchrun":
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={processes}"]
+
+
+def cost(run: Run, step: Step) -> float:
+    """Return a step's share of the work, in backbone passes over samples; sets the time left."""
+    if isinstance(step, MergeStep):
+        return 0.0
+    if isinstance(step, EvaluateStep):
+        return 150.0 * len(step.modalities)
+    settings = run.config.phase(step.phase)
+    steps = settings.max_steps or 1000
+    passes = 3.0 if step.phase == "tune" else 2.0
+    return passes * steps * settings.batch_size
+
+
+class _Clock:
+    """Elapsed time, and time left as far as the steps done so far tell."""
+
+    def __init__(self, total: float) -> None:
+        self._left = total
+        self._done = 0.0
+        self._started = time.monotonic()
+
+    def skip(self, share: float) -> None:
+        self._left -= share
+
+    def done(self, share: float) -> None:
+        self._left -= share
+        self._done += share
+
+    def line(self) -> str:
+        elapsed = time.monotonic() - self._started
+        if self._done == 0:
+            return "time left not known yet"
+        left = elapsed / self._done * self._left
+        return f"{format_duration(elapsed)} so far, about {format_duration(left)} left"

@@ -1,0 +1,1 @@
+"""Shards: media and their texts in ordinary tars, with an index for random access."""

@@ -1,0 +1,1 @@
+"""Training: one loop for every phase and method, behind one engine (layer 3)."""

@@ -1,0 +1,178 @@
+"""Carrying out one training step of a plan: product → model → data → loop → product."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from mera_ds.checkpoint import NewDelta, is_finished, write_product
+from mera_ds.config import PhaseConfig, RunConfig, resolve_path
+from mera_ds.data.dataset import TRAIN, ModalityData, UnitReader
+from mera_ds.data.loader import LoaderSettings, MixturePart, StepLoader
+from mera_ds.data.prompts import PromptBuilder
+from mera_ds.data.replay import replay_sample
+from mera_ds.distributed import World, main_rank_first, process_group
+from mera_ds.features import open_data
+from mera_ds.files import write_json
+from mera_ds.identity import base_sha256, product_key
+from mera_ds.log import Metrics, logger
+from mera_ds.model.backbone import load_tokenizer
+from mera_ds.model.build import build_encoders, build_model, move_to
+from mera_ds.model.trainable import set_trainable
+from mera_ds.plan import LORA, DataPart, Plan, TrainStep, connector_set
+from mera_ds.train.engine import Engine
+from mera_ds.train.loop import Phase, train_phase
+from mera_ds.train.state import remove_checkpoints
+
+
+def run_train_step(run: Path, config: RunConfig, plan: Plan, step: TrainStep, world: World) -> None:
+    """Train one step of the plan and write its product; do nothing if it is finished.
+
+    Args:
+        run: the run's folder.
+        config: the run's configuration.
+        plan: the run's plan.
+        step: which step.
+        world: this process among the ranks that train.
+
+    Raises:
+        InputError: if an input is missing, or was changed since the product was made.
+        Interrupted: after saving, on SIGTERM.
+    """
+    with process_group(world, config.execution.timeout_seconds):
+        key = product_key(config, run, plan, step)
+        if is_finished(run / step.output, key):
+            if world.is_main:
+                logger.info("%s is finished", step.name)
+            return
+        _train(run, config, step, key, world)
+
+
+def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World) -> None:
+    start = run / step.start if step.start is not None else None
+    modalities = [part.modality for part in step.data]
+    settings = config.phase(step.phase)
+    encoders = build_encoders(config, run, modalities)
+    prompts = PromptBuilder(config.prompt, load_tokenizer(resolve_path(config.backbone.path, run)))
+    mixture = {}
+    fingerprints = {}
+    for part in step.data:
+        encoder = encoders[part.modality]
+        data, reader = open_data(config, run, part.modality, TRAIN, encoder, prompts, world)
+        mixture[part.modality] = _mixture_part(data, reader, part, settings.tasks, config.seed)
+        fingerprints[part.modality] = data.fingerprint
+    loader = StepLoader(mixture, _loader_settings(config, settings, world))
+    lora_for = step.modality if LORA in step.trainable else None
+    model = build_model(config, run, start, modalities, encoders, lora_for)
+    move_to(model, encoders, world.device)
+    model.train()
+    sets = set_trainable(model, step.trainable)
+    folder = run / Path(step.output).parent / step.phase
+    engine = Engine(model, sets, settings, config.execution, config.backbone.dtype, world)
+    phase = Phase(step.name, settings, tuple(sets), folder, key, config.seed)
+    try:
+        with Metrics(run, world.is_main) as metrics:
+            train_phase(engine, loader, phase, config.execution, world, metrics)
+        trained = engine.parameters()
+    finally:
+        engine.close()
+    with main_rank_first(world) as mine:
+        if mine:
+            if any(part.percent < 100 for part in step.data):
+                _store_replay_list(folder, config, step.data, mixture)
+            _write(run, config, step, key, start, trained, fingerprints)
+            remove_checkpoints(folder)
+
+
+def _mixture_part(
+    data: ModalityData, reader: UnitReader, part: DataPart, tasks: Sequence[str], seed: int
+) -> MixturePart:
+    """Return a modality's units, all of them or the replay sample."""
+    units = data.units(tasks)
+    if part.percent < 100:
+        ids = [data.unit_id(unit) for unit in units]
+        names = [data.task(unit) for unit in units]
+        kept = replay_sample(ids, names, part.percent, seed)
+        units = [units[position] for position in kept]
+    return MixturePart(
+        reader,
+        units,
+        [data.length(unit) for unit in units],
+        [data.unit_id(unit) for unit in units],
+    )
+
+
+def _loader_settings(config: RunConfig, phase: PhaseConfig, world: World) -> LoaderSettings:
+    return LoaderSettings(
+        batch_size=phase.batch_size,
+        epochs=phase.epochs,
+        max_steps=phase.max_steps,
+        seed=config.seed,
+        rank=world.rank,
+        world=world.size,
+        micro_batch=config.execution.micro_batch_size,
+        workers=config.execution.workers,
+    )
+
+
+def _store_replay_list(
+    folder: Path, config: RunConfig, parts: Sequence[DataPart], mixture: Mapping[str, MixturePart]
+) -> None:
+    """Write which units are replayed, as ids."""
+    facts = {
+        "schema": 1,
+        "seed": config.seed,
+        "percent": {part.modality: part.percent for part in parts},
+        "ids": {modality: list(part.ids) for modality, part in mixture.items()},
+    }
+    write_json(folder / "replay.json", facts)
+
+
+def _write(
+    run: Path,
+    config: RunConfig,
+    step: TrainStep,
+    key: str,
+    start: Path | None,
+    trained: Mapping[str, Tensor],
+    fingerprints: Mapping[str, list[str]],
+) -> None:
+    """Write the product: the trained connectors, and the delta if LoRA trained."""
+    by_set = {
+        name: {
+            entry.removeprefix(f"{name}/"): tensor
+            for entry, tensor in trained.items()
+            if entry.startswith(f"{name}/")
+        }
+        for name in step.trainable
+    }
+    delta = None
+    if LORA in by_set:
+        delta = NewDelta(
+            stage=step.stage,
+            modality=step.modality,
+            scale=config.lora.alpha / config.lora.rank,
+            rank=config.lora.rank,
+            tensors=by_set[LORA],
+        )
+    connectors = {
+        modality: by_set[connector_set(modality)]
+        for modality in config.modalities
+        if connector_set(modality) in by_set
+    }
+    manifest = write_product(
+        run / step.output,
+        key=key,
+        step=step.name,
+        base_sha256=base_sha256(config, run),
+        previous=start,
+        connectors=connectors,
+        delta=delta,
+        provenance={
+            "profile": config.profile,
+            "seed": config.seed,
+            "phase": step.phase,
+            "data": dict(fingerprints),
+        },
+    )
+    logger.info("%s: model %s in %s", step.name, manifest.model_sha256[:12], run / step.output)
