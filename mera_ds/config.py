@@ -132,6 +132,10 @@ class EvaluateConfig:
     judge: Literal["offline-exact", "offline-containment", "openai"] = "offline-exact"
     judge_model: str = "gpt-4o-mini-2024-07-18"
     judge_base_url: str | None = None
+    judge_max_dollars: float = 5.0
+    """Stop asking the judge when this much was spent in one task."""
+    judge_prices: tuple[float, ...] = ()
+    """US dollars per million input and output tokens, for a model whose prices aren't known."""
     tokenizer: Literal["auto", "ptb-java", "ptb-python", "raw"] = "auto"
 
 

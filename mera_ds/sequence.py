@@ -124,11 +124,14 @@ def run_plans(runs: Sequence[Run], until: str | None = None) -> None:
     """
     clock = _Clock(sum(cost(run, step) for run in runs for step in _wanted(run, until)))
     folders = [run.folder for run in runs]
-    for run in runs:
-        with folder_lock(run.folder):
-            remove_temporaries(run.folder)
-            for step in _wanted(run, until):
-                _carry_out(run, step, folders, clock)
+    world = ensure_launcher_variables()
+    # One process group for all steps in this process: DeepSpeed can't follow it into another.
+    with process_group(world, max(run.config.execution.timeout_seconds for run in runs)):
+        for run in runs:
+            with folder_lock(run.folder):
+                remove_temporaries(run.folder)
+                for step in _wanted(run, until):
+                    _carry_out(run, step, folders, world, clock)
 
 
 def _wanted(run: Run, until: str | None) -> list[Step]:
@@ -142,7 +145,9 @@ def _wanted(run: Run, until: str | None) -> list[Step]:
     return list(run.plan.steps[: max(places + stages) + 1])
 
 
-def _carry_out(run: Run, step: Step, folders: Sequence[Path], clock: "_Clock") -> None:
+def _carry_out(
+    run: Run, step: Step, folders: Sequence[Path], world: World, clock: "_Clock"
+) -> None:
     label = f"{run.folder.name} {step.name}"
     if step_is_finished(run, step):
         clock.skip(cost(run, step))
@@ -154,9 +159,7 @@ def _carry_out(run: Run, step: Step, folders: Sequence[Path], clock: "_Clock") -
     logger.info("── %s  (%s)", label, clock.line())
     inline = isinstance(step, MergeStep | EvaluateStep)
     if inline or run.config.execution.launcher == "inline":
-        world = ensure_launcher_variables()
-        with process_group(world, run.config.execution.timeout_seconds):
-            execute_step(run, step, world)
+        execute_step(run, step, world)
     else:
         _launch(run, step)
     clock.done(cost(run, step))

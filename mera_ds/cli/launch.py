@@ -21,7 +21,9 @@ def guarded(command: Callable[[], None]) -> int:
     try:
         command()
     except MeraError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # All ranks meet the same bad input; once is enough. Other errors may be one rank's own.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
@@ -30,16 +32,36 @@ def guarded(command: Callable[[], None]) -> int:
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="execution.KEY=VALUE anywhere overrides how the run is executed.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
-        "--run", "--run-folder", type=Path, default=Path(DEFAULT_RUN), help="the run's folder"
+        "--run", "--run-folder", type=run_folder, default=Path(DEFAULT_RUN), help="the run's folder"
     )
     parser.add_argument("--modality", help="which stage of the run")
     parser.add_argument("--profile", help="refuse to work on a run of another profile")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="execution.KEY=VALUE", help="e.g. execution.zero=3"
-    )
     return parser
+
+
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Parse arguments, collecting `section.key=value` from anywhere among them."""
+    parsed, rest = parser.parse_known_args(arguments)
+    wrong = [text for text in rest if text.startswith("-") or "=" not in text]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    parsed.overrides = rest
+    return parsed
+
+
+def run_folder(text: str) -> Path:
+    """Return the folder of a run; an override in its place is an error."""
+    if "=" in text:
+        raise argparse.ArgumentTypeError(f"name the run before '{text}'")
+    return Path(text)
 
 
 def _open(arguments: argparse.Namespace) -> Run:
@@ -81,7 +103,7 @@ def train_stage(phases: Sequence[str]) -> int:
     parser = _parser(f"Train: {', '.join(phases)}.")
     parser.add_argument("--step", help="only this step of the plan")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parse_with_overrides(parser)
 
     def command() -> None:
         from mera_ds.distributed import ensure_launcher_variables, process_group
@@ -119,7 +141,7 @@ def merge() -> int:
     parser.add_argument(
         "--shard-size", type=int, default=2_000_000_000, help="most bytes per output file"
     )
-    arguments = parser.parse_args()
+    arguments = parse_with_overrides(parser)
 
     def command() -> None:
         from mera_ds.log import set_up_console
@@ -159,7 +181,7 @@ def _merge_in_run(arguments: argparse.Namespace) -> None:
 
 def score() -> int:
     """Evaluate a stage's model (`launch/score.py`)."""
-    arguments = _parser("Generate and score on the test sets.").parse_args()
+    arguments = parse_with_overrides(_parser("Generate and score on the test sets."))
 
     def command() -> None:
         from mera_ds.distributed import ensure_launcher_variables, process_group

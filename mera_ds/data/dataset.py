@@ -44,6 +44,7 @@ class ModalityData:
                     f"{reader.folder} holds shards of modality '{found}', not '{modality}'; "
                     f"correct modalities.{modality}.data"
                 )
+            _require_whole_tars(reader)
 
     @property
     def fingerprint(self) -> list[str]:
@@ -91,6 +92,18 @@ class ModalityData:
         sample = reader.samples[unit.medium]
         name = f"{reader.folder}: {sample.key}.{sample.extension}"
         return decode(kind, sample.extension, reader.read_media(unit.medium), name)
+
+
+def _require_whole_tars(reader: ShardReader) -> None:
+    """Compare the tars' sizes with the index, before anything is trained on them."""
+    for shard in reader.index.shards:
+        path = reader.folder / shard.name
+        found = path.stat().st_size if path.exists() else 0
+        if found != shard.bytes:
+            raise DataError(
+                f"{path} has {found} bytes, its index says {shard.bytes}: it is truncated or was "
+                "changed; copy or build the shard set again"
+            )
 
 
 class UnitReader:

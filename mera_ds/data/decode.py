@@ -223,7 +223,8 @@ def _decode_points(content: bytes, extension: str) -> NDArray[np.float32]:
     try:
         _require_npy_size(content)
         points = np.load(io.BytesIO(content), allow_pickle=False)
-        cloud = np.ascontiguousarray(points, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what overflows becomes infinite, which is refused below
+            cloud = np.ascontiguousarray(points, dtype=np.float32)
     except _BROKEN_NPY as error:
         raise _Unusable(f"{type(error).__name__}: {error}") from None
     if cloud.ndim != 2 or cloud.shape[1] not in (3, 6) or not len(cloud):

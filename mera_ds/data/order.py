@@ -16,8 +16,9 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-LENGTH_WINDOW = 32
-"""How many batches' worth of shuffled units are sorted by length together."""
+LENGTH_WINDOW = 4
+"""How many batches' worth of shuffled units are sorted by length together; few, so that batches stay
+mixed."""
 
 
 @dataclass(frozen=True)

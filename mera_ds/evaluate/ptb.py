@@ -2,7 +2,8 @@
 
 pycocoevalcap splits captions with Stanford's `PTBTokenizer` 3.4.1, lower-cases the tokens and drops
 those in a list of punctuation. `tokenize` does the same in Python: like the original it scans from
-left to right and takes the longest match of a set of patterns, the first of them in a tie.
+left to right and takes the longest match of a set of patterns, the first of them in a tie. It knows
+nothing of letters added to Unicode after 2012 or of the rarer signs and scripts.
 """
 
 import re
@@ -57,8 +58,10 @@ _SUFFIX = rf"{_A}(?:[msdMSD]|[rR][eE]|[vV][eE]|[lL][lL])"
 _SLASH_PART = "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
 _NAME = "[A-Za-z][A-Za-z0-9_:.-]*"
 _ATTRIBUTE = rf"{_NAME}(?: *= *(?:'[^']*'|\"[^\"]*\"))?"
-_URL_END = r"[^\s\"<>|.!?(){},-]"
-_URL_PATH = rf"/[^\s\"<>|()]+{_URL_END}"
+_URL = r"[^\s\"<>|(){}]"
+_URL_END = r"[^\s\"<>|(){}.!?,-]"
+_HOST = r"[^\sA-Z0-9\"'`<>|(){}!?$,./:;=@\[\\\]^_-]+"
+_AREA = "[0-9]{2,4}[- ]"
 _FACE = "[-^x=~<>']"
 _SYMBOLS = (
     r"$%&*<>=\\^|~#@_+/\[\](){}¡-©¬®-´¶-¹¼-¿×÷‖‗‚„-•‣‰-‸※‾-⁂⁄⁺-⁾₊-₎₤€₠ก-๛"
@@ -87,7 +90,7 @@ _PATTERNS = [
         rf"(?i:((?:dunkin|somethin|ol){_A}|{_A}(?:em|till?|cause)|c{_A}(?:mon|est)|s{_A}mores"
         rf"|nor{_A}easter|li{_A}l|ev{_A}ry|nat{_A}l|e{_A}er|o{_A}o))",
         rf"({_A}\d\d)\s",
-        rf"(?P<dropped>'){_L}{_L}",
+        rf"(?P<dropped>'){_L}\S",
         rf"(?P<clitic>{_NOT}|{_SUFFIX})",
         rf"([yY]{_A}){_L}",
         rf"([dDoOlL]{_Q}{_W}{{2,}})",
@@ -105,26 +108,23 @@ _PATTERNS = [
         rf"({_SLASH_PART}(?:\\?/{_SLASH_PART}){{1,2}})",
         # Numbers: plain, versions, powers, fractions, dates, telephone numbers
         rf"({_NUMBER})",
-        r"((?:\d+\.)+[xX])[\s.,;:]",
+        r"((?:\d+\.)+[xX])[\s.,!?]",
         r"([⁺⁻]?[⁰¹²³⁴-⁹]+|[₊₋]?[₀-₉]+)",
-        r"((?:[0-9]{1,4}[- ])?[0-9]{1,4}[/⁄][0-9]{1,4})",
+        r"((?:\d{1,4}[- ])?\d{1,4}[/⁄]\d{1,4})",
         r"([0-9]{1,2}[-/][0-9]{1,2}[-/][0-9]{2,4})",
-        r"((?:\([0-9]{2,3}\) ?|(?:\+\+?)?(?:[0-9]{2,4}[- ])?[0-9]{2,4}[- ])"
-        r"[0-9]{3,4}[- ]?[0-9]{3,5})",
-        r"((?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5})",
+        rf"((?:\([0-9]{{2,3}}\) ?|\+{{0,2}}(?:{_AREA}){{1,2}})[0-9]{{3,4}}[- ]?[0-9]{{3,5}})",
         # Addresses and tags of the net
-        rf"((?i:https?)://[^\s\"<>|()]+{_URL_END})",
-        rf"((?i:www)\.(?:[^\s\"<>|.!?(){{}},]+\.)+[a-zA-Z]{{2,4}}(?:{_URL_PATH})?)",
-        rf"((?:[^\s\"`'<>|.!?(){{}},-_$]+\.)+(?:com|net|org|edu)(?:{_URL_PATH})?)",
-        r"((?:&lt;|<)?[a-zA-Z0-9][^\s\"<>|(){}]*@(?:[^\s\"<>|(){}.]+\.)*[^\s\"<>|(){}.]+"
-        r"(?:&gt;|>)?)",
+        rf"((?i:https?)://{_URL}+{_URL_END})",
+        rf"((?i:www)(?:\.[^\s\"<>|(){{}}.!?,/]+)+\.[A-Za-z]{{2,4}}(?:/{_URL}+{_URL_END})?)",
+        rf"((?:{_HOST}\.)+(?:com|edu|net|org)(?:/{_URL}+{_URL_END})?)",
+        r"(<?[A-Za-z0-9][^\s\"<>|(){}]*@(?!\.)[^\s\"<>|(){}]*[^\s\"<>|(){}.]>?)",
         rf"(@[A-Za-z_][A-Za-z0-9_]*|#{_L}+)",
         # Faces and other signs
         r"([<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]])[^A-Za-z0-9]",
         rf"({_FACE}_{_FACE}|\({_FACE}[_.]?{_FACE}\))",
         r"([A-Z]*\$)",
         r"([cC]\+\+|[cCfF]#|<<|>>|\\\*)",
-        "(&(?:#[0-9]+|HT|TL|UR|LR|QC|QL|QR|odq|cdq);|&(?i:amp|lt|gt);)",
+        "(&#[0-9]+;|&(?i:amp|lt|gt);)",
         "(?P<dropped>&(?i:quot|nbsp|apos|mdash|ndash|md);)",
         r"(\*+|#+|@+|_+|[!?]{2,}|-{5,}|-[LR][RSC]B-)",
         r"(?P<dropped>-{1,4}|\.{3,5}|\. \. \.|''|``|‘‘|’’)",
@@ -192,5 +192,6 @@ def _written(match: re.Match[str]) -> str:
         return token.replace("&apos;", "'").translate(_ASCII_QUOTES)
     if token in _REWRITTEN:
         return _REWRITTEN[token]
-    token = token.replace("&amp;", "&").replace("(", "-lrb-").replace(")", "-rrb-")
+    if "://" not in token and token[0] != "<":
+        token = token.replace("&amp;", "&").replace("(", "-lrb-").replace(")", "-rrb-")
     return token.replace(" ", "\u00a0")

@@ -136,7 +136,7 @@ def _row(
         "task": task,
         "dataset": dataset,
         "split": TEST,
-        **score(predictions, config.evaluate, run),
+        **score(predictions, config.evaluate),
         "majority": _majority(predictions) if task == "qa" else None,
         "model": manifest.model_sha256,
         "profile": config.profile,

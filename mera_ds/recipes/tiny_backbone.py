@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mera_ds.files import committed_folder
+from mera_ds.recipes.tiny import TOPICS
+
+VOCABULARY = 512
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
@@ -21,7 +24,7 @@ def write_tiny_backbone(folder: Path, seed: int = 0) -> None:
         return
     tokenizer = _tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=176,
         num_hidden_layers=4,
@@ -42,12 +45,27 @@ def write_tiny_backbone(folder: Path, seed: int = 0) -> None:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    """Byte-level BPE that has learned the words of the recipe `tiny`."""
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[1:])})
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL_TOKENS[0])
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def _texts() -> list[str]:
+    texts = []
+    for topic in TOPICS:
+        texts.append(topic.question)
+        for first in topic.first:
+            texts += [topic.caption.format(first=first, second=other) for other in topic.second]
+            texts += [first, *topic.second]
+    return texts

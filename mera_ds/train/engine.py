@@ -71,8 +71,13 @@ class Engine:
             for group, entry in sets.items()
             for name, parameter in entry.items()
         }
+        exact = {name: entry.detach().float().cpu() for name, entry in self._named.items()}
         self._engine = _initialize(model, sets, phase, execution, dtype)
         self._create_moments()
+        if dtype != "fp32":
+            # DeepSpeed casts the model first and takes its masters from the rounded weights.
+            for name, parameter in self._named.items():
+                self._set_full(parameter, None, exact[name])
 
     def _create_moments(self) -> None:
         """Give Adam its state before the first step, and link it to the parameters.
@@ -186,6 +191,7 @@ class Engine:
                 setattr(scaler, name.removeprefix("scaler_"), type(value)(value))
 
     def _set_full(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+        """Set one of Adam's moments, or (`key` None) a master and the copy that computes."""
         from deepspeed import utils
 
         value = value.to(parameter.device)
@@ -203,6 +209,16 @@ class Engine:
             utils.safe_set_full_fp32_param(parameter, value)
         else:
             utils.safe_set_full_optimizer_state(parameter, value, key)
+        if key is None and self._zero > 0:
+            self._set_working_copy(parameter, value)
+
+    def _set_working_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set what the model computes with; DeepSpeed's setters leave it as it was."""
+        import deepspeed
+
+        sharded = self._zero == 3
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
+            parameter.data.copy_(value)
 
     def _partition_of(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
         """This rank's zero-padded part of a full tensor, as ZeRO-3 cuts it."""

@@ -83,6 +83,15 @@ def test_tar_of_another_size_is_refused_when_opened(folder: Path, change: int) -
         reader.read_media(4)
 
 
+def test_tar_cut_while_it_is_open(folder: Path) -> None:
+    reader = ShardReader(folder)
+    reader.read_media(0)
+    with (folder / "00000.tar").open("r+b") as file:
+        file.truncate(3000)
+    with pytest.raises(DataError, match="of 737 bytes could be read"):
+        reader.read_media(1)
+
+
 def test_missing_tar(folder: Path) -> None:
     (folder / "00001.tar").unlink()
     with pytest.raises(DataError, match=r"00001.tar is listed in the index but missing"):

@@ -192,18 +192,41 @@ def test_duplicate_key_across_tars_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_failing_source_leaves_the_finished_tars_for_the_next_run(tmp_path: Path) -> None:
-    def fail() -> RawSample:
-        raise DataError("numbers/6 is broken")
-
     log = tmp_path / "log"
     folder = tmp_path / "x"
     samples = logged_samples(log)
     with pytest.raises(DataError, match="numbers/6 is broken"):
-        write(folder, [*samples[:6], fail, *samples[7:]])
+        write(folder, [*samples[:6], _fail, *samples[7:]])
     assert sorted(path.name for path in folder.glob("*.tar*")) == ["00000.tar", "00001.tar"]
     log.unlink()
     write(folder, samples)
     assert log.read_text().split() == [f"n{number:02d}" for number in range(4, 12)]
+
+
+def _fail() -> RawSample:
+    raise DataError("numbers/6 is broken")
+
+
+@pytest.mark.parametrize("changes", [{"recipe": {"version": 2}}, {"shard_bytes": 1}])
+def test_tars_of_another_interrupted_build_are_not_used(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    log = tmp_path / "log"
+    samples = logged_samples(log)
+    with pytest.raises(DataError, match="numbers/6 is broken"):
+        write(tmp_path / "x", [*samples[:6], _fail, *samples[7:]])
+    log.unlink()
+    write(tmp_path / "x", samples, **changes)
+    assert len(log.read_text().split()) == 12
+    write(tmp_path / "fresh", **changes)
+    assert contents(tmp_path / "x") == contents(tmp_path / "fresh")
+
+
+def test_a_failed_rebuild_leaves_no_index_beside_new_tars(folder: Path, tmp_path: Path) -> None:
+    samples = logged_samples(tmp_path / "log")
+    with pytest.raises(DataError, match="numbers/6 is broken"):
+        write(folder, [*samples[:6], _fail, *samples[7:]], recipe={"version": 2})
+    assert not (folder / "index.json").exists()
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ class ConvBlock(nn.Module):
 
 
 class AisfxNetwork(nn.Module):
-    """Four blocks of 64 to 512 channels, averaged over the bands: 4,685,376 parameters."""
+    """Four blocks of 64 to 512 channels, averaged over the bands: 4,686,144 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,17 +167,19 @@ class AisfxEncoder(Encoder):
     @torch.no_grad()
     def forward(self, inputs: Sequence[Tensor]) -> Features:
         """Encode clips; the mask covers the tokens with at least one frame of the clip."""
-        first = next(self.network.parameters())
-        count, shape = len(inputs), (self.options.blocks, BLOCK_FRAMES, MEL_BANDS)
-        frames = torch.zeros(count, shape[0] * shape[1], MEL_BANDS)
-        real = torch.zeros(count, shape[0] * shape[1], dtype=torch.bool)
+        weight = next(self.network.parameters())
+        count, length = len(inputs), self.options.blocks * BLOCK_FRAMES
+        frames = torch.zeros(count, length, MEL_BANDS, device=weight.device)
+        real = torch.zeros(count, length, dtype=torch.bool, device=weight.device)
         for row, clip in enumerate(inputs):
             frames[row, : len(clip)] = clip
             real[row, : len(clip)] = True
-        blocks = frames.view(count * shape[0], *shape[1:]).to(first.device, first.dtype)
-        tokens = self.network(blocks).float()
-        used = real.view(count * shape[0], BLOCK_FRAMES)[:, : BLOCK_TOKENS * FRAMES_PER_TOKEN]
-        mask = used.view(-1, BLOCK_TOKENS, FRAMES_PER_TOKEN).any(dim=2).to(first.device)
+        blocks = frames.view(-1, BLOCK_FRAMES, MEL_BANDS)
+        seen = real.view(-1, BLOCK_FRAMES)[:, : BLOCK_TOKENS * FRAMES_PER_TOKEN]
+        mask = seen.view(-1, BLOCK_TOKENS, FRAMES_PER_TOKEN).any(dim=2)
+        used = mask.any(dim=1)
+        tokens = torch.zeros(len(blocks), BLOCK_TOKENS, FEATURE_DIM, device=weight.device)
+        tokens[used] = self.network(blocks[used].to(weight.dtype)).float()
         values, mask = average_tokens(tokens, mask, self.options.tokens)
         return Features(
             values.reshape(count, self.max_tokens, FEATURE_DIM),

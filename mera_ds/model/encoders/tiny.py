@@ -64,13 +64,14 @@ class TinyEncoder(Encoder):
     @torch.no_grad()
     def forward(self, inputs: Sequence[Tensor]) -> Features:
         """Encode media (N, P) each; short ones are padded with tokens outside the mask."""
-        rows = torch.zeros(len(inputs), self.max_tokens, self.input_width)
-        mask = torch.zeros(len(inputs), self.max_tokens, dtype=torch.bool)
+        shape = (len(inputs), self.max_tokens, self.input_width)
+        rows = torch.zeros(shape, device=self.weight.device)
+        mask = torch.zeros(shape[:2], dtype=torch.bool, device=self.weight.device)
         for number, tokens in enumerate(inputs):
             rows[number, : len(tokens)] = tokens
             mask[number, : len(tokens)] = True
-        values = torch.tanh(rows.to(self.weight.device, self.weight.dtype) @ self.weight.T)
-        return Features(values.float(), mask.to(self.weight.device))
+        values = torch.tanh(rows.to(self.weight.dtype) @ self.weight.T)
+        return Features(values.float(), mask)
 
 
 class TinyImageEncoder(TinyEncoder):

@@ -50,6 +50,7 @@ def build(source: Path | None, out: Path, log: Log) -> list[Path]:
     check_packages(source)
     _warn_of_other_tools(log)
     folders = []
+    credits: list[str] = []
     for modality, build_part in PARTS.items():
         part = build_part(source)
         _require_disjoint(part)
@@ -57,9 +58,10 @@ def build(source: Path | None, out: Path, log: Log) -> list[Path]:
             _write(out, part, "train", part.train, TRAIN_CAPTIONS),
             _write(out, part, "test", part.test, TEST_CAPTIONS),
         ]
+        credits += part.credits
         log(f"{modality}: {len(part.train)} training and {len(part.test)} test media")
     write_json(out / "SOURCES.json", sources_json())
-    write_bytes(out / "NOTICE", notice_text(pointcloud.used_models(source)).encode())
+    write_bytes(out / "NOTICE", notice_text(credits).encode())
     return folders
 
 
@@ -87,7 +89,7 @@ def _write(out: Path, part: Part, split: str, items: tuple[Item, ...], captions:
         "name": "pocket",
         "version": VERSION,
         "method": part.method,
-        "packages": {package.file: package.sha256 for package in PACKAGES},
+        "packages": {package.file: package.sha256 for package in part.packages},
     }
     folder = out / part.modality / split
     write_shards(

@@ -1,6 +1,7 @@
 """Sounds of the pocket set: notes and melodies of sampled instruments, and recorded drums."""
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,8 @@ from mera_ds.recipes.pocket.sources import SONIC_PI, SOUNDFONT, read_members
 QUESTION = "Which instrument family?"
 ANSWERS = tuple(sorted(FAMILIES))
 TEST_SIZE = 118
+TEST_CLIPS = 6
+"""The test split has this many sounds of an instrument (each shape once, if it can play all)."""
 
 SOURCE_RATE = 44_100
 RATE = 22_050
@@ -54,13 +57,17 @@ class _Sound:
     answer: str
     captions: tuple[str, ...]
     source: str
+    number: int
+    """Counts the sounds of an instrument, or the recordings of a concept."""
     make: Callable[[], Floats]
 
 
 def build_part(source: Path) -> Part:
     """Return the sounds of the set, played and cut from the packages in `source`."""
     sounds = sorted([*_played(source), *_recorded(source)], key=lambda sound: sound.key)
-    train, test = split_by_concept(sounds, TEST_SIZE, "pocket/audio")
+    train, test = split_by_concept(
+        sounds, TEST_SIZE, "pocket/audio", lambda sound: sound.number < TEST_CLIPS
+    )
     return Part(
         modality="audio",
         licence="MIT, parts CC0-1.0 or public domain (MuseScore General); CC0-1.0 (Sonic Pi)",
@@ -72,6 +79,7 @@ def build_part(source: Path) -> Part:
             f"at most {SECONDS} s, mono, {RATE} Hz, Ogg Vorbis; instruments rendered with "
             f"{SYNTHESIZER} from the soundfont, drums cut from the recordings"
         ),
+        packages=(SOUNDFONT, SONIC_PI),
     )
 
 
@@ -109,28 +117,32 @@ def _played(source: Path) -> Iterator[_Sound]:
     player = _Player(content)
     for family, (instruments, general) in FAMILIES.items():
         for instrument in instruments:
-            rng = np.random.default_rng([2025, instrument.program])
-            for number in range(instrument.clips):
-                shape, notes, velocity = _score(instrument, number, rng)
+            for number, (shape, notes, velocity) in enumerate(_scores(instrument)):
                 yield _Sound(
                     key=f"gm{instrument.program:03d}-{number:02d}",
                     concept=instrument.concept,
                     answer=family,
                     captions=(f"{shape} on {instrument.name}", f"{shape} on {general}"),
                     source=f"{SOUNDFONT.name}/{PurePosixPath(path).name}#{instrument.program}",
+                    number=number,
                     make=_performance(player, instrument.program, notes, velocity),
                 )
 
 
-def _score(
-    instrument: Instrument, number: int, rng: np.random.Generator
-) -> tuple[str, tuple[int, ...], int]:
-    """Return what clip `number` of an instrument plays: its name, MIDI notes and velocity."""
-    possible = [shape for shape in SHAPES if _starts(instrument, shape)]
-    shape = possible[number % len(possible)]
-    start = int(rng.choice(_starts(instrument, shape)))
-    velocity = int(rng.integers(70, 120))
-    return shape, tuple(start + step for step in SHAPES[shape]), velocity
+def _scores(instrument: Instrument) -> list[tuple[str, tuple[int, ...], int]]:
+    """Return what an instrument plays: names of shapes, MIDI notes and velocities.
+
+    It plays all shapes in turn, and no shape twice from the same note.
+    """
+    rng = np.random.default_rng([2025, instrument.program])
+    orders = {shape: rng.permutation(_starts(instrument, shape)) for shape in SHAPES}
+    scores = [
+        (shape, tuple(int(order[turn]) + step for step in SHAPES[shape]))
+        for turn in range(instrument.clips)
+        for shape, order in orders.items()
+        if turn < len(order)
+    ]
+    return [(*score, int(rng.integers(70, 120))) for score in scores[: instrument.clips]]
 
 
 def _starts(instrument: Instrument, shape: str) -> list[int]:
@@ -188,29 +200,30 @@ def _recorded(source: Path) -> Iterator[_Sound]:
     )
     (copyright_file,) = (name for name in files if name.endswith("copyright"))
     free = cc0_files(files.pop(copyright_file).decode())
+    numbers: Counter[str] = Counter()
     for path, content in files.items():
         name = PurePosixPath(path).stem
-        kind = next((kind for start, kind in DRUM_RECORDINGS.items() if name.startswith(start)), None)
-        if kind is None or f"{name}.flac" not in free:
+        start = next((start for start in DRUM_RECORDINGS if name.startswith(start)), None)
+        if start is None or f"{name}.flac" not in free:
             continue
-        concept, caption = kind
+        concept, caption = DRUM_RECORDINGS[start]
+        numbers[concept] += 1
         yield _Sound(
             key=f"drum-{name.replace('_', '-')}",
             concept=concept,
             answer="drum",
             captions=(caption, f"{caption.split()[0]} on a drum"),
             source=f"{SONIC_PI.name}/{name}.flac",
+            number=numbers[concept] - 1,
             make=_recording(content),
         )
 
 
 def cc0_files(copyright_text: str) -> set[str]:
     """Return the file names that a Debian copyright file (DEP-5) lists under CC0."""
-    free = set()
-    for paragraph in copyright_text.split("\n\n"):
-        fields = dict(
-            line.split(":", 1) for line in paragraph.splitlines() if line[:1].isalpha() and ":" in line
-        )
+    free: set[str] = set()
+    for paragraph in copyright_text.replace("\n ", " ").split("\n\n"):
+        fields = dict(line.split(":", 1) for line in paragraph.splitlines() if ":" in line)
         if fields.get("License", "").strip() == "CC0":
             free.update(PurePosixPath(path).name for path in fields.get("Files", "").split())
     return free

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mera_ds.recipes.pocket.emoji import EmojiNames
 from mera_ds.recipes.pocket.items import Item, Part, captions_of, head_word, split_by_concept
-from mera_ds.recipes.pocket.sources import NOTO, read_member, read_members
+from mera_ds.recipes.pocket.sources import EMOJIBASE, NOTO, read_member, read_members
 
 QUESTION = "What is shown?"
 ANSWERS = ("animal", "clothing", "food", "object", "place", "vehicle")
@@ -88,6 +88,7 @@ def build_part(source: Path) -> Part:
         train=tuple(_item(drawing, content) for drawing in train),
         test=tuple(_item(drawing, content) for drawing in test),
         method="64 px PNG files, byte for byte as in the source",
+        packages=(NOTO, EMOJIBASE),
     )
 
 

@@ -3,15 +3,16 @@
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from mera_ds.recipes.pocket.sources import Package
 from mera_ds.shards.format import Text
 from mera_ds.shards.writer import RawSample
 
 MAX_CAPTION_WORDS = 6
-MAX_TEST_SHARE = 0.3
+MAX_TEST_SHARE = 0.34
 """No more than this part of a class's items goes to the test split."""
 
 
@@ -53,6 +54,9 @@ class Part:
     test: tuple[Item, ...]
     method: str
     """One sentence on how the media were made from the source."""
+    packages: tuple[Package, ...]
+    credits: tuple[str, ...] = ()
+    """Lines for the NOTICE that name works and their authors one by one."""
 
 
 def raw_sample(item: Item, question: str, captions: int) -> RawSample:
@@ -95,22 +99,27 @@ def head_word(label: str, ignored: frozenset[str] = frozenset()) -> str:
 
 
 def split_by_concept(
-    candidates: Sequence[Candidate], test_size: int, seed: str
+    candidates: Sequence[Candidate],
+    test_size: int,
+    seed: str,
+    for_test: Callable[[Candidate], bool] = lambda _: True,
 ) -> tuple[list[Candidate], list[Candidate]]:
     """Split into train and test, both in the given order; no concept is in both.
 
     The test split is filled concept by concept, in an order drawn from `seed`, up to a number of
     items per class that grows with the square root of the class: rare classes count, and no class
-    dominates.
+    dominates. Candidates that are not `for_test` (further variants of others) are for training;
+    those of a concept of the test split are left out.
     """
-    sizes = Counter(candidate.answer for candidate in candidates)
+    core = [candidate for candidate in candidates if for_test(candidate)]
+    sizes = Counter(candidate.answer for candidate in core)
     total = sum(size**0.5 for size in sizes.values())
     room = {
         answer: min(round(test_size * size**0.5 / total), int(MAX_TEST_SHARE * size))
         for answer, size in sizes.items()
     }
     concepts: dict[str, Counter[str]] = defaultdict(Counter)
-    for candidate in candidates:
+    for candidate in core:
         concepts[candidate.concept][candidate.answer] += 1
     chosen = set()
     for concept in sorted(concepts, key=lambda name: _draw(seed, name)):
@@ -120,7 +129,7 @@ def split_by_concept(
             for answer, count in needed.items():
                 room[answer] -= count
     train = [candidate for candidate in candidates if candidate.concept not in chosen]
-    test = [candidate for candidate in candidates if candidate.concept in chosen]
+    test = [candidate for candidate in core if candidate.concept in chosen]
     return train, test
 
 

@@ -1,10 +1,8 @@
 """NOTICE and SOURCES.json of the pocket set: what it is made of, by whom, under which licence."""
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from mera_ds.recipes.pocket.pointcloud import LICENCES, Model
 from mera_ds.recipes.pocket.sources import PACKAGES, TOOLS
 
 _HEAD = """\
@@ -39,12 +37,14 @@ musescore-general-soundfont-small. Licence: MIT (text below), parts CC0-1.0 or p
   MuseScore Drumline samples (CC0-1.0): S. Christian Collins and Amir Oosman
   Splendid Grand piano from AKAI S5000 (public domain)
   Versilian Community Sample Library, open crash samples (CC0-1.0): Sam Gossner
-Recorded drums: samples of Sonic Pi, from freesound.org, CC0-1.0,
-https://creativecommons.org/publicdomain/zero/1.0/. Changed: cut, made mono, stored as Ogg Vorbis.
+Recorded drums: samples of Sonic Pi, made by users of freesound.org, taken from the Debian package
+sonic-pi-samples. Licence: CC0-1.0, https://creativecommons.org/publicdomain/zero/1.0/.
+Changed: cut, made mono, stored as Ogg Vorbis.
 
 == pointcloud ==
 3D models of the furniture catalogues of Sweet Home 3D, converted by Emmanuel Puybaret / eTeks
-<info@eteks.com>. Changed: points were sampled on the surfaces of the models; names in lower case.
+<info@eteks.com>, taken from the Debian package sweethome3d-furniture.
+Changed: points were sampled on the surfaces of the models; names are in lower case.
   BlendSwap-CC-0: CC0-1.0, https://creativecommons.org/publicdomain/zero/1.0/
     Blend Swap contributors (https://www.blendswap.com), named below
   BlendSwap-CC-BY: CC-BY-3.0, https://creativecommons.org/licenses/by/3.0/
@@ -76,15 +76,9 @@ OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWA
 """
 
 
-def notice_text(models: Sequence[Model]) -> str:
-    """Return the NOTICE; `models` are those that the point clouds were made from."""
-    lines = ["== 3D models used, by catalogue and author =="]
-    ordered = sorted(models, key=lambda model: (model.catalogue, model.creator, model.id))
-    for catalogue, members in itertools.groupby(ordered, lambda model: model.catalogue):
-        lines.append(f"{catalogue} ({LICENCES[catalogue]})")
-        for creator, works in itertools.groupby(members, lambda model: model.creator):
-            lines.append(f"  {creator}: {', '.join(work.id for work in works)}")
-    return "\n".join([_HEAD, *lines, "", _MIT])
+def notice_text(credits: Iterable[str]) -> str:
+    """Return the NOTICE; `credits` name the works that must be credited one by one."""
+    return "\n".join([_HEAD, "== 3D models used, by catalogue and author ==", *credits, "", _MIT])
 
 
 def sources_json() -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import hashlib
 import io
+import itertools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +18,7 @@ from mera_ds.recipes.pocket.sources import FURNITURE, read_members
 
 QUESTION = "What kind of thing?"
 ANSWERS = ("figure", "plant", "seat", "storage", "table", "vessel")
-TEST_SIZE = 110
+TEST_SIZE = 115
 POINTS = 1024
 TRAIN_VIEWS = 2
 """A training model is sampled this many times, turned by 0 and by 90 to 270 degrees."""
@@ -80,11 +81,6 @@ class Model:
     concept: str
     answer: str
 
-    @property
-    def licence(self) -> str:
-        """The licence of the model's catalogue."""
-        return LICENCES[self.catalogue]
-
 
 def build_part(source: Path) -> Part:
     """Return the point clouds of the set, cut from the packages in `source`."""
@@ -105,13 +101,9 @@ def build_part(source: Path) -> Part:
         method=(
             f"{POINTS} points, uniform over the surface, float16 (N, 3), y up, in the unit sphere"
         ),
+        packages=(FURNITURE,),
+        credits=tuple(_credits([*train, *test])),
     )
-
-
-def used_models(source: Path) -> list[Model]:
-    """Return the models that the set is made from, for the NOTICE."""
-    archives = _archives(source)
-    return [model for name in archives for model in read_catalogue(name, archives[name])]
 
 
 def _archives(source: Path) -> dict[str, zipfile.ZipFile]:
@@ -156,7 +148,7 @@ def _properties(text: str) -> Mapping[str, str]:
 
 
 def _class_of(name: str) -> str | None:
-    """Return the class of the word that names the thing: "glass" in "beer glass", not "glass door"."""
+    """Return the class of the word that names the thing ("glass" in "beer glass"), or None."""
     head = re.split(" (?:with|on|under|and|of) ", name)[0].split()[-1:]
     return CLASS_OF.get(head[0]) if head and name not in NOT_OF_THEIR_KIND else None
 
@@ -187,6 +179,15 @@ def _item(model: Model, archive: zipfile.ZipFile, view: int) -> Item:
         answer=model.answer,
         captions=captions_of(model.name, phrase),
     )
+
+
+def _credits(models: Sequence[Model]) -> Iterator[str]:
+    """Yield the models by catalogue and author, as the catalogues name them."""
+    ordered = sorted(models, key=lambda model: (model.catalogue, model.creator, model.id))
+    for catalogue, members in itertools.groupby(ordered, lambda model: model.catalogue):
+        yield f"{catalogue} ({LICENCES[catalogue]})"
+        for creator, works in itertools.groupby(members, lambda model: model.creator):
+            yield f"  {creator}: {', '.join(work.id for work in works)}"
 
 
 def _shape(points: Floats) -> str:

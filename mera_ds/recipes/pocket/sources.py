@@ -129,9 +129,9 @@ def check_packages(folder: Path) -> None:
     """
     missing = [package for package in PACKAGES if not (folder / package.file).is_file()]
     if missing:
-        files = ", ".join(package.file for package in missing)
         raise InputError(
-            f"the source folder {folder} lacks {files}; fetch with\n{download_commands(folder, missing)}"
+            f"{folder} lacks {', '.join(package.file for package in missing)}; fetch with\n"
+            + download_commands(folder, missing)
         )
     changed = [
         package for package in PACKAGES if sha256_file(folder / package.file) != package.sha256
@@ -152,9 +152,7 @@ def download_commands(folder: Path, packages: Sequence[Package]) -> str:
     return "\n".join(lines)
 
 
-def read_members(
-    folder: Path, package: Package, wanted: Callable[[str], bool]
-) -> dict[str, bytes]:
+def read_members(folder: Path, package: Package, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """Return path -> content of the files of a package whose path `wanted` accepts, in order.
 
     Paths are as installed, without the leading `package/` of npm or `./` of Debian.

@@ -1,4 +1,4 @@
-"""Videos of the pocket set: animated Fluent emoji of people, hands and faces, four frames a clip."""
+"""Videos of the pocket set: animated Fluent emoji of people, hands and faces, in four frames."""
 
 import io
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ from PIL import Image
 
 from mera_ds.recipes.pocket.emoji import EmojiName, EmojiNames
 from mera_ds.recipes.pocket.items import Item, Part, captions_of, head_word, split_by_concept
-from mera_ds.recipes.pocket.sources import FLUENT, Package, read_members
+from mera_ds.recipes.pocket.sources import EMOJIBASE, FLUENT, Package, read_members
 
 QUESTION = "What is going on?"
 ANSWERS = ("emotion", "gesture", "job", "magic", "sport")
-TEST_SIZE = 115
+TEST_SIZE = 128
 FRAMES = 4
 SIZE = 96
 MILLISECONDS = 250
@@ -75,11 +75,8 @@ def build_part(source: Path) -> Part:
     """Return the videos of the set, cut from the packages in `source`."""
     frames, clips = _animated_clips(source)
     train, test = split_by_concept(
-        [clip for clip in clips if not clip.skin_tone], TEST_SIZE, "pocket/video"
+        clips, TEST_SIZE, "pocket/video", lambda clip: not clip.skin_tone
     )
-    held_out = {clip.concept for clip in test}
-    train += [clip for clip in clips if clip.skin_tone and clip.concept not in held_out]
-    train.sort(key=lambda clip: clip.code)
     return Part(
         modality="video",
         licence="MIT (fluent-emoji, Microsoft and LobeHub); names MIT (emojibase-data)",
@@ -91,6 +88,7 @@ def build_part(source: Path) -> Part:
             f"{FRAMES} evenly spaced frames with the first and the last, on white, {SIZE} px, "
             f"as one animated WebP of quality {QUALITY}"
         ),
+        packages=(*FLUENT, EMOJIBASE),
     )
 
 

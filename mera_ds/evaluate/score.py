@@ -1,0 +1,75 @@
+"""From predictions to the figures of a results line: CIDEr for captions, accuracy for answers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mera_ds.config import EvaluateConfig, cache_folder
+from mera_ds.errors import DataError, InputError
+from mera_ds.evaluate.cider import cider
+from mera_ds.evaluate.generate import Prediction
+from mera_ds.evaluate.judge import Judge, JudgeItem, OfflineJudge, accuracy
+from mera_ds.files import sha256_json
+
+
+def score_captions(predictions: Sequence[Prediction], config: EvaluateConfig) -> dict[str, Any]:
+    """Return CIDEr × 100 and how it was computed."""
+    result = cider(
+        {entry.id: entry.prediction for entry in predictions},
+        {entry.id: list(entry.references) for entry in predictions},
+        config.tokenizer,
+    )
+    return {
+        "metric": "cider",
+        "score": result.score,
+        "count": len(predictions),
+        "missing": 0,
+        "judge": None,
+        "tokenizer": result.tokenizer,
+        "references_sha256": result.references_sha256,
+    }
+
+
+def score_questions(predictions: Sequence[Prediction], config: EvaluateConfig) -> dict[str, Any]:
+    """Return the judge's accuracy, 0 to 1.
+
+    Raises:
+        DataError: if too many judgements are missing for the accuracy to stand.
+    """
+    judge = make_judge(config, cache_folder() / "judgements.jsonl")
+    items = [
+        JudgeItem(entry.id, entry.question, entry.references, entry.prediction)
+        for entry in predictions
+    ]
+    result = accuracy(judge.judge(items))
+    if result.withheld or result.score is None:
+        raise DataError(
+            f"{result.missing} of {len(items)} judgements by {judge.name} are missing, so there is "
+            "no final score; run the same command again, it asks only for those"
+        )
+    return {
+        "metric": "accuracy",
+        "score": result.score,
+        "count": result.count,
+        "missing": result.missing,
+        "judge": judge.name,
+        "tokenizer": None,
+        "references_sha256": sha256_json({item.id: item.answers for item in items}),
+    }
+
+
+def make_judge(config: EvaluateConfig, cache: Path) -> Judge:
+    """Return the configured judge."""
+    if config.judge != "openai":
+        return OfflineJudge(config.judge)
+    from mera_ds.evaluate.openai_judge import OpenAIJudge, Prices
+
+    if config.judge_prices and len(config.judge_prices) != 2:
+        raise InputError("evaluate.judge_prices must be [input, output], in dollars per million")
+    return OpenAIJudge(
+        cache,
+        model=config.judge_model,
+        base_url=config.judge_base_url,
+        prices=Prices(*config.judge_prices) if config.judge_prices else None,
+        max_dollars=config.judge_max_dollars,
+    )

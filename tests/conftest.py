@@ -1,0 +1,52 @@
+"""What tests of every folder share: a cache of their own, and runs of the profile `tiny`."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mera_ds.config import load_profile, save_config
+from mera_ds.methods import make_plan
+from mera_ds.plan import save_plan
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give this process and those it starts a fresh cache folder and one thread each."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MERA_CACHE", str(folder))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_template(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a fresh run of the profile `tiny`; don't change it, take a copy."""
+    from mera_ds.cli import main
+
+    folder = tmp_path_factory.mktemp("template") / "tiny"
+    assert main(["init", str(folder), "--profile", "tiny"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_tiny_run(tiny_template: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """Return a function that makes a run of the profile `tiny` with overrides, in milliseconds.
+
+    Data and backbone are copies of those that `mera-ds init` made once, so a test may damage them.
+    """
+
+    def make(*overrides: str) -> Path:
+        config = load_profile("tiny", overrides)
+        folder = tmp_path_factory.mktemp("runs") / "tiny"
+        for name in ("data", "backbone"):
+            shutil.copytree(tiny_template / name, folder / name)
+        save_plan(make_plan(config), folder / "plan.json")
+        save_config(config, folder / "config.yaml")
+        return folder
+
+    return make

@@ -1,0 +1,225 @@
+"""Connectors: shapes, masks, scale, gradients, and starting from a BERT."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from mera_ds.errors import DataError, InputError
+from mera_ds.model.connectors import Connector, build_connector
+
+FEATURE_DIM, LLM_DIM = 24, 40
+SMALL_QFORMER = {"num_queries": 5, "hidden": 16, "layers": 3, "heads": 4, "dropout": 0.0}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("mlp", {}),
+    ("mlp", {"depth": 1}),
+    ("mlp", {"depth": 3, "hidden": 12, "norm": True, "output_rms": 0.1}),
+    ("qformer", SMALL_QFORMER),
+    ("qformer", SMALL_QFORMER | {"norm": True, "output_rms": 0.1, "cross_attention_frequency": 1}),
+]
+
+
+def build(kind: str, options: dict[str, Any], weights: Path | None = None) -> Connector:
+    torch.manual_seed(0)
+    return build_connector(kind, options, FEATURE_DIM, LLM_DIM, weights)
+
+
+def features(batch: int, count: int, seed: int = 1) -> Tensor:
+    return torch.randn(batch, count, FEATURE_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def full_mask(batch: int, count: int) -> Tensor:
+    return torch.ones(batch, count, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+@pytest.mark.parametrize("count", [1, 7])
+def test_output_shape_is_announced(kind: str, options: dict[str, Any], count: int) -> None:
+    connector = build(kind, options)
+    tokens = connector(features(3, count), full_mask(3, count))
+    assert tokens.shape == (3, connector.num_tokens(count), LLM_DIM)
+    assert connector.num_tokens(count) == (count if kind == "mlp" else 5)
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_every_parameter_gets_a_gradient(kind: str, options: dict[str, Any]) -> None:
+    connector = build(kind, options)
+    tokens = connector(features(3, 6), full_mask(3, 6))
+    (tokens * features(3, 6)[:, : tokens.shape[1], :1]).sum().backward()
+    missing = [name for name, value in connector.named_parameters() if value.grad is None]
+    assert missing == []
+    # A key's bias adds the same to all of a softmax's inputs: its exact gradient is zero.
+    idle = [
+        name
+        for name, value in connector.named_parameters()
+        if value.grad is not None and value.grad.abs().max() < 1e-7 and "key.bias" not in name
+    ]
+    assert idle == []
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_tokens_outside_the_mask_have_no_influence(kind: str, options: dict[str, Any]) -> None:
+    connector = build(kind, options).eval()
+    values, mask = features(2, 6), full_mask(2, 6)
+    mask[1, 4:] = False
+    changed = values.clone()
+    changed[1, 4:] = 100.0
+    tokens = connector(values, mask)
+    assert torch.equal(tokens, connector(changed, mask))
+    alone = connector(values[1:, :4], mask[1:, :4])
+    assert torch.allclose(tokens[1:, : alone.shape[1]], alone, atol=1e-6)
+    if kind == "mlp":
+        assert not tokens[1, 4:].any()
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_nothing_in_nothing_broken(kind: str, options: dict[str, Any]) -> None:
+    connector = build(kind, options)
+    zeros = torch.zeros(1, 1, FEATURE_DIM)
+    for mask in (full_mask(1, 1), ~full_mask(1, 1)):
+        tokens = connector(zeros, mask)
+        (0.0 * tokens).sum().backward()
+        assert torch.isfinite(tokens).all()
+    gradients = [value.grad for value in connector.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_weights_come_from_the_global_seed(kind: str, options: dict[str, Any]) -> None:
+    first, second = build(kind, options).state_dict(), build(kind, options).state_dict()
+    torch.manual_seed(7)
+    other = build_connector(kind, options, FEATURE_DIM, LLM_DIM).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_scaling_the_output_takes_no_random_numbers() -> None:
+    build("mlp", {})
+    expected = torch.rand(1)
+    build("mlp", {"output_rms": 0.5})
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_fresh_tokens_have_the_asked_scale(kind: str, options: dict[str, Any]) -> None:
+    connector = build(kind, options | {"norm": True, "output_rms": 0.13}).eval()
+    tokens = connector(50 * features(32, 20) + 3, full_mask(32, 20))
+    assert tokens.square().mean().sqrt().item() == pytest.approx(0.13, rel=0.15)
+
+
+def test_mlp_is_linear_gelu_linear() -> None:
+    connector = build("mlp", {})
+    state = connector.state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == {
+        "layers.0.weight": (LLM_DIM, FEATURE_DIM),
+        "layers.0.bias": (LLM_DIM,),
+        "layers.2.weight": (LLM_DIM, LLM_DIM),
+        "layers.2.bias": (LLM_DIM,),
+    }
+    values = features(2, 3)
+    hidden = values @ state["layers.0.weight"].T + state["layers.0.bias"]
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    expected = hidden @ state["layers.2.weight"].T + state["layers.2.bias"]
+    assert torch.allclose(connector(values, full_mask(2, 3)), expected, atol=1e-5)
+
+
+def test_default_qformer_is_blip2s() -> None:
+    torch.manual_seed(0)
+    connector = build_connector("qformer", {}, 768, 4096)
+    qformer = {name: p for name, p in connector.named_parameters() if name.startswith("qformer.")}
+    assert len(qformer) == 254
+    assert sum(value.numel() for value in qformer.values()) == 99_239_424
+    assert connector.num_tokens(248) == 32
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> tuple[BertModel, Path]:
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+    )
+    model = BertModel(config, add_pooling_layer=False).eval()
+    return model, tmp_path
+
+
+def published_names(model: BertModel) -> dict[str, Tensor]:
+    """Rename a BERT's tensors as the official bert-base-uncased file has them."""
+    state = model.state_dict()
+    return {
+        "bert."
+        + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): value.contiguous()
+        for name, value in state.items()
+    }
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_qformer_starts_from_bert(bert: tuple[BertModel, Path], as_folder: bool) -> None:
+    model, folder = bert
+    path = folder / "model.safetensors"
+    save_file(published_names(model), path)
+    # Layers 1 and 2 of the connector have no cross-attention, so without the first layer's it is
+    # the BERT's own encoder.
+    options = SMALL_QFORMER | {"cross_attention_frequency": 3}
+    connector: Any = build("qformer", options, folder if as_folder else path).eval()
+    connector.qformer.encoder.layer[0].crossattention = PassThrough()
+    hidden = connector.qformer(
+        query_embeds=features(2, 5)[..., :16], encoder_hidden_states=features(2, 6)
+    ).last_hidden_state
+    embedded = model.embeddings.LayerNorm(features(2, 5)[..., :16])
+    for layer in model.encoder.layer[:3]:
+        output = layer(embedded)
+        embedded = output[0] if isinstance(output, tuple) else output
+    assert torch.allclose(hidden, embedded, atol=1e-5)
+
+
+class PassThrough(torch.nn.Module):
+    """Cross-attention that adds nothing."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+
+def test_bert_of_another_width_is_refused(bert: tuple[BertModel, Path]) -> None:
+    model, folder = bert
+    save_file(published_names(model), folder / "model.safetensors")
+    with pytest.raises(DataError, match="ask for"):
+        build("qformer", SMALL_QFORMER | {"hidden": 32}, folder)
+    with pytest.raises(DataError, match="enough layers"):
+        build("qformer", SMALL_QFORMER | {"layers": 5}, folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("mpl", {}, "did you mean 'mlp'"),
+        ("mlp", {"dept": 2}, "did you mean 'depth'"),
+        ("mlp", {"depth": 0}, "depth is 0"),
+        ("mlp", {"output_rms": -1.0}, "output_rms"),
+        ("qformer", {"hidden": 10, "heads": 4}, "multiple of heads=4"),
+        ("qformer", {"num_queries": 0}, "num_queries is 0"),
+        ("qformer", {"dropout": 1.0}, "dropout"),
+    ],
+)
+def test_wrong_options_are_refused(kind: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build(kind, options)
+
+
+def test_unwanted_or_missing_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="takes no weights"):
+        build("mlp", {}, tmp_path)
+    with pytest.raises(InputError, match="do not exist"):
+        build("qformer", SMALL_QFORMER, tmp_path / "nowhere.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(DataError, match="not a readable safetensors"):
+        build("qformer", SMALL_QFORMER, tmp_path)

@@ -1,0 +1,29 @@
+"""The process server of the training tests, and the run they train on."""
+
+import multiprocessing.forkserver
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ..conftest import MakeRun
+from .processes import server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _process_server(cache: Path) -> Iterator[None]:
+    """Start the server at once, on the CPU alone; it imports while the first test prepares."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("DEEPSPEED_LOG_LEVEL", "error")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        server()
+        multiprocessing.forkserver.ensure_running()
+        yield
+
+
+@pytest.fixture(scope="session")
+def run(make_tiny_run: MakeRun) -> Path:
+    """Return a run without dropout: its random numbers would differ with the number of ranks."""
+    return make_tiny_run("modalities.audio.connector.options.dropout=0.0")
