@@ -12,7 +12,9 @@ adds. Every file is named with its SHA-256; reading checks it.
 """
 
 import dataclasses
+import os
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -122,8 +124,9 @@ def read_manifest(product: Path) -> Manifest:
     if not (product / MANIFEST).exists():
         raise InputError(f"{product} holds no finished model; run the step that makes it")
     value = read_json(product / MANIFEST)
-    if value.get("schema") != SCHEMA:
-        raise DataError(f"{product / MANIFEST}: schema {value.get('schema')}, expected {SCHEMA}")
+    schema = value.get("schema") if isinstance(value, dict) else None
+    if schema != SCHEMA:
+        raise DataError(f"{product / MANIFEST}: schema {schema}, expected {SCHEMA}")
     return parse(Manifest, value, str(product / MANIFEST))
 
 
@@ -182,11 +185,9 @@ def write_product(
     )
     require_space(product.parent, size + 1_000_000)
     with committed_folder(product) as folder:
-        for modality, entry in kept.items():
-            if modality not in (connectors or {}):
-                link_or_copy(_of(previous) / entry.file, folder / entry.file)
-        for entry in entries:
-            link_or_copy(_of(previous) / entry.file, folder / entry.file)
+        files = [entry.file for name, entry in kept.items() if name not in (connectors or {})]
+        for file in [*files, *(entry.file for entry in entries)]:
+            link_or_copy(_of(previous) / file, folder / file)
         for modality, tensors in (connectors or {}).items():
             file = f"connectors/{modality}.safetensors"
             kept[modality] = FileEntry(file=file, sha256=save_tensors(folder / file, tensors))
@@ -253,8 +254,24 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             raise DataError(f"{path.name}: tensor '{name}' is not finite and was not saved")
     path.parent.mkdir(parents=True, exist_ok=True)
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    save_file(ready, str(path))
+    write_safetensors(path, ready)
     return sha256_file(path)
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as they are; a failed write is an `OSError`, as of any other file.
+
+    safetensors has an error class of its own, and the system's number only in its text.
+    """
+    try:
+        save_file(dict(tensors), str(path), metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:

@@ -101,13 +101,6 @@ class PhaseConfig:
     max_grad_norm: float = 0.0
     """Gradient clipping by global norm; 0 switches it off."""
 
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for name in ("batch_size", "epochs", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
@@ -189,7 +182,9 @@ class RunConfig:
     execution: ExecutionConfig = ExecutionConfig()
 
     def __post_init__(self) -> None:
-        """Check that the order names each configured modality at most once."""
+        """Check ranges, and that the order names each configured modality at most once."""
+        for section in ("prompt", "lora", "align", "tune", "realign", "evaluate", "execution"):
+            _require_counts(getattr(self, section), section)
         for name in self.order:
             require_known(name, self.modalities, "order: modality")
         if len(set(self.order)) != len(self.order):
@@ -200,6 +195,14 @@ class RunConfig:
     def phase(self, name: str) -> PhaseConfig:
         """Return the hyperparameters of `align`, `tune` or `realign`."""
         return {"align": self.align, "tune": self.tune, "realign": self.realign}[name]
+
+
+def _require_counts(section: Any, where: str) -> None:
+    """Raise `InputError` naming a whole number that is negative, or 0 where that means nothing."""
+    for name, value in vars(section).items():
+        least = 0 if name in ("workers", "zero", "max_nonfinite_steps") else 1
+        if type(value) is int and value < least:
+            raise InputError(f"{where}.{name} is {value}; it must be at least {least}")
 
 
 def require_known(name: str, known: typing.Iterable[str], what: str) -> None:
@@ -228,14 +231,12 @@ def parse(cls: type[T], value: Mapping[str, Any], where: str) -> T:
         raise InputError(f"{where}: expected a mapping, got {value!r}")
     fields = {entry.name: entry for entry in dataclasses.fields(typing.cast(Any, cls))}
     for name in value:
-        require_known(name, fields, f"{where}: key")
+        require_known(str(name), fields, f"{where}: key")
     types_of = typing.get_type_hints(cls)
     missing = [
         name
         for name, entry in fields.items()
-        if name not in value
-        and entry.default is dataclasses.MISSING
-        and entry.default_factory is dataclasses.MISSING
+        if name not in value and entry.default is entry.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise InputError(f"{where}: missing key '{missing[0]}'; add it")
@@ -251,10 +252,8 @@ def parse(cls: type[T], value: Mapping[str, Any], where: str) -> T:
 def _convert(value: Any, kind: Any, where: str) -> Any:
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
         (kind,) = (entry for entry in typing.get_args(kind) if entry is not type(None))
-        return _convert(value, kind, where)
+        return None if value is None else _convert(value, kind, where)
     if origin is Literal:
         choices = typing.get_args(kind)
         if value in choices and type(value) in {type(choice) for choice in choices}:
@@ -275,15 +274,13 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 def _convert_mapping(value: Any, item: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise InputError(f"{where} is {value!r}; expected a mapping")
-    if item is Any:
-        return dict(value)
     return {str(key): _convert(entry, item, f"{where}.{key}") for key, entry in value.items()}
 
 
 def _convert_scalar(value: Any, kind: Any, where: str) -> Any:
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    if type(value) is kind:
+    if kind is Any or type(value) is kind:
         return value
     raise InputError(f"{where} is {value!r}; expected {kind.__name__}")
 
@@ -354,7 +351,10 @@ def apply_overrides(values: Mapping[str, Any], overrides: typing.Sequence[str]) 
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise InputError(f"override '{text}': {section} is not a section")
-        target[last] = yaml.load(raw, Loader=_Loader)
+        try:
+            target[last] = yaml.load(raw, Loader=_Loader)
+        except yaml.YAMLError:  # a text, such as `{run}/weights`; its type is checked later
+            target[last] = raw
     return result
 
 
@@ -394,7 +394,7 @@ def resolve_path(text: str, run: Path) -> Path:
     places = {"run": run, "cache": cache_folder(), "repository": REPOSITORY}
     try:
         return Path(text.format(**places)).expanduser()
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, ValueError, AttributeError):
         raise InputError(
             f"path '{text}' holds an unknown place; valid: {{run}}, {{cache}}, {{repository}}"
         ) from None

@@ -21,6 +21,9 @@ from mera_ds.errors import InputError, LockedError, ResourceError
 TEMPORARY = ".partial"
 """Suffix part of every unfinished file or folder."""
 
+OUTGOING = f"{TEMPORARY}-old"
+"""Suffix part of a folder that is being replaced."""
+
 FAILPOINT_VARIABLE = "MERA_FAILPOINT"
 
 
@@ -70,9 +73,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file in one atomic step: temporary name, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
     with full_disk_is_an_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
                 file.write(content)
@@ -91,18 +94,18 @@ def committed_folder(final: Path) -> Iterator[Path]:
     Every file is fsynced before the rename. An existing `final` is replaced. On an error the
     temporary folder is removed and `final` is untouched.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f"{final.name}{TEMPORARY}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
         with full_disk_is_an_error(final):
+            temporary.mkdir(parents=True)
             yield temporary
             _sync_tree(temporary)
         failpoint("commit.before_rename")
         if final.exists():
-            outgoing = final.with_name(f"{final.name}{TEMPORARY}-old-{os.getpid()}")
+            outgoing = final.with_name(f"{final.name}{OUTGOING}-{os.getpid()}")
             final.rename(outgoing)
+            failpoint("commit.between_renames")
             temporary.rename(final)
             shutil.rmtree(outgoing)
         else:
@@ -135,11 +138,15 @@ def sync_folder(folder: Path) -> None:
 def remove_temporaries(folder: Path) -> list[Path]:
     """Remove what killed processes left below `folder`; return the removed paths.
 
-    Only call it while holding the lock that covers `folder`.
+    A folder that was about to be replaced, and was not, gets its name back. Only call it while
+    holding the lock that covers `folder`.
     """
-    leftovers = [path for path in sorted(folder.rglob(f"*{TEMPORARY}-*")) if path.exists()]
+    leftovers = sorted(folder.rglob(f"*{TEMPORARY}-*"))
     for path in leftovers:
-        if path.is_dir():
+        name, outgoing, _ = path.name.partition(OUTGOING)
+        if outgoing and not path.with_name(name).exists():
+            path.rename(path.with_name(name))
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

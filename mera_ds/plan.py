@@ -137,14 +137,23 @@ def load_plan(path: Path) -> Plan:
     Raises:
         InputError: on an unknown or missing key, naming it.
     """
-    value = read_json(path)
-    return Plan(method=value["method"], steps=_parse_steps(value["steps"], str(path)))
+    file = parse(_PlanFile, read_json(path), str(path))
+    return Plan(method=file.method, steps=_parse_steps(file.steps, str(path)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlanFile:
+    """What `plan.json` holds."""
+
+    schema: Literal[1]
+    method: str
+    steps: tuple[Mapping[str, Any], ...]
 
 
 def _parse_steps(values: Sequence[Mapping[str, Any]], where: str) -> tuple[Step, ...]:
     steps = []
     for position, value in enumerate(values):
-        kind = value.get("kind")
+        kind = str(value.get("kind"))
         if kind not in _KINDS:
             raise InputError(f"{where}: step {position} is of unknown kind {kind!r}")
         steps.append(parse(_KINDS[kind], value, f"{where}: step {position}"))

@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mera_ds.config import load_profile
 from mera_ds.errors import InputError, MeraError
 from mera_ds.files import folder_lock, remove_temporaries
 from mera_ds.plan import EvaluateStep, MergeStep, TrainStep
-from mera_ds.sequence import Run, execute_merge, execute_step, open_run
+
+if TYPE_CHECKING:  # it needs torch, and `mera-ds --help` must not
+    from mera_ds.sequence import Run
 
 DEFAULT_RUN = "runs/default"
 
@@ -64,7 +67,9 @@ def run_folder(text: str) -> Path:
     return Path(text)
 
 
-def _open(arguments: argparse.Namespace) -> Run:
+def _open(arguments: argparse.Namespace) -> "Run":
+    from mera_ds.sequence import open_run
+
     run = open_run(arguments.run, arguments.overrides)
     if arguments.profile is not None:
         wanted = load_profile(arguments.profile).profile
@@ -76,7 +81,7 @@ def _open(arguments: argparse.Namespace) -> Run:
     return run
 
 
-def _stage_of(run: Run, modality: str | None) -> str:
+def _stage_of(run: "Run", modality: str | None) -> str:
     if modality is None:
         raise InputError(f"--modality is missing; this run learns {', '.join(run.config.order)}")
     if modality not in run.config.order:
@@ -88,7 +93,7 @@ def _stage_of(run: Run, modality: str | None) -> str:
 
 
 @contextmanager
-def _locked(run: Run) -> Iterator[None]:
+def _locked(run: "Run") -> Iterator[None]:
     """Hold the run's lock on the first process of the first node, unless the caller holds it."""
     if os.environ.get("MERA_RUN_IS_LOCKED") or os.environ.get("RANK", "0") != "0":
         yield
@@ -108,6 +113,7 @@ def train_stage(phases: Sequence[str]) -> int:
     def command() -> None:
         from mera_ds.distributed import ensure_launcher_variables, process_group
         from mera_ds.log import set_up_console
+        from mera_ds.sequence import execute_step
 
         world = ensure_launcher_variables()
         set_up_console(world.rank)
@@ -169,6 +175,8 @@ def _merge_folders(arguments: argparse.Namespace) -> None:
 
 
 def _merge_in_run(arguments: argparse.Namespace) -> None:
+    from mera_ds.sequence import execute_merge
+
     run = _open(arguments)
     modality = _stage_of(run, arguments.modality)
     steps = [step for step in run.plan.of_stage(modality) if isinstance(step, MergeStep)]
@@ -186,6 +194,7 @@ def score() -> int:
     def command() -> None:
         from mera_ds.distributed import ensure_launcher_variables, process_group
         from mera_ds.log import set_up_console
+        from mera_ds.sequence import execute_step
 
         world = ensure_launcher_variables()
         set_up_console(world.rank)

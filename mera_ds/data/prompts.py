@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mera_ds.config import PromptConfig
-from mera_ds.errors import DataError
+from mera_ds.errors import DataError, InputError
 
 MEDIUM = "\ue000"
 """A private-use character that stands for the medium while the chat template is rendered."""
@@ -31,6 +31,11 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end token (eos_token); add one to its folder")
+        if config.style == "chat" and not tokenizer.chat_template:
+            raise InputError(
+                "prompt.style is chat, but the backbone's tokenizer has no chat template; "
+                "set prompt.style=plain"
+            )
 
     def build(self, question: str, answer: str | None, where: str) -> TokenPieces:
         """Return the token ids of one sample.
@@ -47,7 +52,7 @@ class PromptBuilder:
         target: tuple[int, ...] = ()
         if answer is not None:
             target = self._ids(self._spaced(answer))
-            if not target:
+            if not target or not answer.strip():
                 raise DataError(f"{where}: the answer {answer!r} has no token to learn from")
             target = (*target, int(self._tokenizer.eos_token_id))
         return TokenPieces(self._start() + self._ids(prefix), self._ids(suffix), target)
@@ -60,7 +65,12 @@ class PromptBuilder:
             add_generation_prompt=True,
             tokenize=False,
         )
-        prefix, _, suffix = rendered.partition(MEDIUM)
+        prefix, found, suffix = rendered.partition(MEDIUM)
+        if not found:
+            raise InputError(
+                "the tokenizer's chat template leaves out what the user says; "
+                "set prompt.style=plain"
+            )
         return prefix, suffix
 
     def _spaced(self, answer: str) -> str:

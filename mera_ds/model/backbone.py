@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mera_ds.checkpoint import Manifest, load_delta
 from mera_ds.config import BackboneConfig
@@ -27,7 +26,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def load_backbone(config: BackboneConfig, folder: Path) -> nn.Module:
+def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
     """Load the frozen backbone in its compute dtype, with the attention that is available.
 
     Raises:
@@ -63,7 +62,7 @@ def _attention(config: BackboneConfig) -> str:
     return "flash_attention_2" if flash else "sdpa"
 
 
-def fold_lineage(llm: nn.Module, product: Path, manifest: Manifest) -> None:
+def fold_lineage(llm: PreTrainedModel, product: Path, manifest: Manifest) -> None:
     """Add the product's deltas to the base weights: θ = θ_base + Σ c_i Δ_i, in stage order."""
     for entry in manifest.lineage:
         fold_delta(llm, load_delta(product, entry), entry.weight, str(product / entry.file))

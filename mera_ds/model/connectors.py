@@ -4,11 +4,11 @@ Shape letters: B media, N feature tokens, K tokens for the language model, D wid
 drawn from torch's global generator: seed it before building.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +24,9 @@ from mera_ds.errors import DataError, InputError
 class ConnectorOptions:
     """Options of every kind."""
 
-    norm: bool = False
-    """Put a LayerNorm in front, for encoders whose features are not normalised."""
+    norm: Literal["none", "layer", "data"] = "none"
+    """What stands in front, for encoders whose features are not normalised: a LayerNorm per token,
+    or a standardisation per channel with the mean and deviation of training data."""
     output_rms: float | None = None
     """Scale the last layer so that fresh tokens have this root mean square for features of unit
     variance; that of the language model's embeddings is a good choice. None: PyTorch's scale."""
@@ -88,6 +89,40 @@ def require_positive(**values: int) -> None:
             raise InputError(f"{name} is {value}; it must be at least 1")
 
 
+class ChannelNorm(nn.Module):
+    """Subtracts a fixed mean and divides by a fixed deviation, per channel.
+
+    Features of convolutional encoders are far from zero on average; with the mean taken off, a
+    fresh connector learns several times faster than behind a LayerNorm.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, feature_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(feature_dim))
+        self.register_buffer("deviation", torch.ones(feature_dim))
+
+    @torch.no_grad()
+    def fit(self, values: Tensor) -> None:
+        """Take the statistics of features (M, D); dead channels keep a small deviation."""
+        self.mean.copy_(values.mean(dim=0))
+        spread = values.std(dim=0, unbiased=False)
+        self.deviation.copy_(spread.clamp(min=1e-2 * float(spread.mean()) + 1e-6))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return (values - self.mean) / self.deviation
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "none": lambda feature_dim: nn.Identity(),
+    "layer": nn.LayerNorm,
+    "data": ChannelNorm,
+}
+
+
 class Connector(nn.Module):
     """Maps features (B, N, D_encoder) to tokens (B, K, D_llm)."""
 
@@ -97,7 +132,12 @@ class Connector(nn.Module):
     def __init__(self, options: Any, feature_dim: int, llm_dim: int, weights: Path | None) -> None:
         super().__init__()
         self.feature_dim = feature_dim
-        self.norm = nn.LayerNorm(feature_dim) if options.norm else nn.Identity()
+        self.norm = NORMS[options.norm](feature_dim)
+
+    def fit(self, values: Tensor) -> None:
+        """Take the channels' statistics from features (M, D_encoder), if the options ask for it."""
+        if isinstance(self.norm, ChannelNorm):
+            self.norm.fit(values)
 
     def num_tokens(self, n_features: int) -> int:
         """Return K for N = `n_features`."""

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mera_ds.config import LoraConfig
 from mera_ds.errors import DataError
@@ -17,7 +18,7 @@ from mera_ds.errors import DataError
 _ADAPTER = "default"
 
 
-def linear_layers(llm: nn.Module) -> dict[str, nn.Linear]:
+def linear_layers(llm: PreTrainedModel) -> dict[str, nn.Linear]:
     """Return every linear layer of the backbone but its output head, by name."""
     head = llm.get_output_embeddings()
     return {
@@ -27,13 +28,13 @@ def linear_layers(llm: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def attach_lora(llm: nn.Module, config: LoraConfig) -> None:
+def attach_lora(llm: PreTrainedModel, config: LoraConfig) -> None:
     """Put fresh LoRA factors (A random, B zero, fp32) on all linear layers of the backbone."""
     names = list(linear_layers(llm))
     inject_adapter_in_model(
         PeftLoraConfig(
             r=config.rank,
-            lora_alpha=config.alpha,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float is right, too
             lora_dropout=config.dropout,
             target_modules=names,
             bias="none",
@@ -57,7 +58,7 @@ def lora_parameters(llm: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def fold_delta(llm: nn.Module, tensors: Mapping[str, Tensor], weight: float, where: str) -> None:
+def fold_delta(llm: PreTrainedModel, tensors: Mapping[str, Tensor], weight: float, where: str) -> None:
     """Add  weight · B A  to each linear layer, in fp32, rounding once to the layer's dtype.
 
     Args:

@@ -4,9 +4,9 @@ Shape letters: B samples, T positions, N feature tokens, K connector tokens, D b
 L label positions, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ class MultimodalLM(nn.Module):
     checkpoint holds them.
     """
 
+    llm: Any
+    """A causal language model of transformers, with LoRA injected or not."""
+
     def __init__(
         self,
         llm: nn.Module,
@@ -57,6 +60,10 @@ class MultimodalLM(nn.Module):
     def device(self) -> torch.device:
         """Where the backbone's embedding lies."""
         return self.llm.get_input_embeddings().weight.device
+
+    def _connectors(self) -> Iterable[tuple[str, Connector]]:
+        """The connectors in their fixed order."""
+        return cast(Iterable[tuple[str, Connector]], self.connectors.items())
 
     def encode(self, samples: Sequence[Sample]) -> Features:
         """Return the features of the samples' media, from the encoder or as they were stored."""
@@ -84,7 +91,7 @@ class MultimodalLM(nn.Module):
         """Return each medium's tokens (K_b, D), and a scalar 0 that depends on all connectors."""
         tokens: list[Tensor] = []
         nothing = torch.zeros((), device=self.device)
-        for name, connector in self.connectors.items():
+        for name, connector in self._connectors():
             dtype = next(connector.parameters()).dtype
             if name == modality:
                 ready = features.to(self.device, dtype)
@@ -102,7 +109,9 @@ class MultimodalLM(nn.Module):
     ) -> Rows:
         """Put prefix, media tokens, suffix and answer of each sample into one right-padded row."""
         embed = self.llm.get_input_embeddings()
-        rows, positions, labels = [], [], []
+        rows: list[Tensor] = []
+        positions: list[tuple[int, int]] = []
+        labels: list[int] = []
         for number, (sample, tokens_KD) in enumerate(zip(samples, tokens, strict=True)):
             tail = (*sample.suffix_ids, *sample.answer_ids)
             ids = torch.tensor((*sample.prefix_ids, *tail), device=self.device)
@@ -171,4 +180,5 @@ class MultimodalLM(nn.Module):
             eos_token_id=end,
             pad_token_id=end,
         )
-        return [text.strip() for text in tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
+        said = [row[: row.index(end)] if end in row else row for row in ids_BT.tolist()]
+        return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]

@@ -78,6 +78,9 @@ class Engine:
             # DeepSpeed casts the model first and takes its masters from the rounded weights.
             for name, parameter in self._named.items():
                 self._set_full(parameter, None, exact[name])
+        if dtype == "fp16":
+            # At the lowest scale a skipped step is counted as not finite instead.
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def _create_moments(self) -> None:
         """Give Adam its state before the first step, and link it to the parameters.
@@ -132,6 +135,17 @@ class Engine:
                 "from the last checkpoint, with a lower learning rate if it comes back"
             )
         return True
+
+    def only_lowered_scale(self, loss: float) -> bool:
+        """Return whether a skipped step was fp16's search for a loss scale, which is no fault.
+
+        Args:
+            loss: the step's; if it is finite, the gradient overflowed only because it was scaled.
+        """
+        if self._dtype != "fp16" or not math.isfinite(loss):
+            return False
+        scaler = self._engine.optimizer.loss_scaler
+        return bool(scaler.cur_scale > scaler.min_scale)
 
     def _gradients_are_finite(self) -> bool:
         gradients = (entry.grad for entry in self._named.values() if entry.grad is not None)
@@ -248,7 +262,12 @@ def _initialize(
 ) -> Any:
     prepare_environment()
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
+    if dtype == "fp16" and not get_accelerator().is_fp16_supported():
+        raise InputError(
+            "backbone.dtype=fp16 can't be trained on this machine's processor; use bf16 or fp32"
+        )
     rates = {name: learning_rate(phase, name) for name in sets}
     groups = [
         {"params": list(entry.values()), "lr": rates[name], "name": name}

@@ -19,7 +19,7 @@ import torch.distributed
 from mera_ds.batch import Batch
 from mera_ds.config import ExecutionConfig, PhaseConfig
 from mera_ds.data.loader import StepLoader
-from mera_ds.distributed import World, require_equal
+from mera_ds.distributed import World, main_rank_first, require_equal
 from mera_ds.errors import Interrupted, NumericError
 from mera_ds.files import failpoint
 from mera_ds.log import Metrics, format_duration, logger
@@ -61,7 +61,6 @@ def train_phase(
     require_equal((loader.total_steps, loader.order_hash()), "number of steps and order of data")
     progress = _resume(engine, phase)
     console = _Console(phase.name, progress.step, loader.total_steps)
-    saved = progress.step
     with _stop_signal() as stop:
         for step, batches in loader.batches(progress.step):
             failpoint("train.step")
@@ -72,9 +71,12 @@ def train_phase(
             loss = _accumulate(engine, batches, tokens)
             applied = engine.step(rates)
             loss = _sum_over_ranks(loss)
-            progress = Progress(step + 1, progress.nonfinite_steps + (not applied))
-            if not applied:
+            faulty = not applied and not engine.only_lowered_scale(loss)
+            progress = Progress(step + 1, progress.nonfinite_steps + faulty)
+            if faulty:
                 _report_nonfinite(loader, step, loss, progress, execution)
+            elif not applied:
+                logger.info("step %d: skipped, fp16's loss scale was too high for it", step)
             figures = {
                 "loss": loss,
                 "lr": next(iter(rates.values())),
@@ -84,14 +86,16 @@ def train_phase(
             metrics.write(phase.name, step + 1, figures)
             console.line(step + 1, figures)
             due = progress.step % execution.save_every == 0 and progress.step < loader.total_steps
-            if due or stopping:
+            if stopping:
+                break
+            if due:
                 _save(engine, phase, progress, execution, world)
-                saved = progress.step
-            if stopping and progress.step < loader.total_steps:
-                raise Interrupted(
-                    f"{phase.name}: stopped at step {saved} of {loader.total_steps}, saved; "
-                    "run the same command to continue"
-                )
+        if _agree((), stop)[1]:
+            _save(engine, phase, progress, execution, world)
+            raise Interrupted(
+                f"{phase.name}: stopped at step {progress.step} of {loader.total_steps}, saved; "
+                "run the same command to continue"
+            )
 
 
 def _resume(engine: Engine, phase: Phase) -> Progress:
@@ -107,8 +111,9 @@ def _save(
     engine: Engine, phase: Phase, progress: Progress, execution: ExecutionConfig, world: World
 ) -> None:
     state = engine.state()
-    if world.is_main:
-        save_checkpoint(phase.folder, phase.key, progress, state, execution.keep_checkpoints)
+    with main_rank_first(world) as mine:
+        if mine:
+            save_checkpoint(phase.folder, phase.key, progress, state, execution.keep_checkpoints)
 
 
 def _agree(batches: Sequence[Batch], stop: list[bool]) -> tuple[int, bool]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mera_ds.checkpoint import NewDelta, is_finished, write_product
@@ -12,17 +13,22 @@ from mera_ds.data.loader import LoaderSettings, MixturePart, StepLoader
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.data.replay import replay_sample
 from mera_ds.distributed import World, main_rank_first, process_group
-from mera_ds.features import open_data
+from mera_ds.features import ENCODE_BATCH, open_data
 from mera_ds.files import write_json
 from mera_ds.identity import base_sha256, product_key
 from mera_ds.log import Metrics, logger
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.build import build_encoders, build_model, move_to
+from mera_ds.model.connectors import Connector
+from mera_ds.model.mllm import MultimodalLM
 from mera_ds.model.trainable import set_trainable
 from mera_ds.plan import LORA, DataPart, Plan, TrainStep, connector_set
 from mera_ds.train.engine import Engine
 from mera_ds.train.loop import Phase, train_phase
 from mera_ds.train.state import remove_checkpoints
+
+FIT_MEDIA = 512
+"""How many media give a fresh connector its statistics."""
 
 
 def run_train_step(run: Path, config: RunConfig, plan: Plan, step: TrainStep, world: World) -> None:
@@ -65,6 +71,8 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
     lora_for = step.modality if LORA in step.trainable else None
     model = build_model(config, run, start, modalities, encoders, lora_for)
     move_to(model, encoders, world.device)
+    if connector_set(step.modality) in step.trainable and step.phase == "align":
+        fit_connector(model, mixture[step.modality], step.modality)
     model.train()
     sets = set_trainable(model, step.trainable)
     folder = run / Path(step.output).parent / step.phase
@@ -74,14 +82,40 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
         with Metrics(run, world.is_main) as metrics:
             train_phase(engine, loader, phase, config.execution, world, metrics)
         trained = engine.parameters()
+        buffers = connector_buffers(model)
     finally:
         engine.close()
     with main_rank_first(world) as mine:
         if mine:
             if any(part.percent < 100 for part in step.data):
                 _store_replay_list(folder, config, step.data, mixture)
-            _write(run, config, step, key, start, trained, fingerprints)
+            _write(run, config, step, key, start, {**trained, **buffers}, fingerprints)
             remove_checkpoints(folder)
+
+
+@torch.no_grad()
+def fit_connector(model: MultimodalLM, part: MixturePart, modality: str) -> None:
+    """Give a fresh connector the statistics of its training features (the first media's)."""
+    media = {(unit.reader, unit.medium): unit for unit in part.units}
+    units = list(media.values())[:FIT_MEDIA]
+    rows = []
+    for start in range(0, len(units), ENCODE_BATCH):
+        samples = [part.reader.read(unit) for unit in units[start : start + ENCODE_BATCH]]
+        features = model.encode(samples)
+        rows.append(features.values[features.mask].float())
+    connector = model.connectors[modality]
+    assert isinstance(connector, Connector)
+    connector.fit(torch.cat(rows).to(model.device))
+
+
+def connector_buffers(model: MultimodalLM) -> dict[str, Tensor]:
+    """Return the connectors' fixed tensors under the names of their trainable sets."""
+    return {
+        f"{connector_set(modality)}/{name}": buffer.detach().float().cpu()
+        for modality, connector in model.connectors.items()
+        for name, buffer in connector.named_buffers()
+        if name in connector.state_dict()
+    }
 
 
 def _mixture_part(

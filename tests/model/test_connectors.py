@@ -17,9 +17,9 @@ SMALL_QFORMER = {"num_queries": 5, "hidden": 16, "layers": 3, "heads": 4, "dropo
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("mlp", {}),
     ("mlp", {"depth": 1}),
-    ("mlp", {"depth": 3, "hidden": 12, "norm": True, "output_rms": 0.1}),
+    ("mlp", {"depth": 3, "hidden": 12, "norm": "layer", "output_rms": 0.1}),
     ("qformer", SMALL_QFORMER),
-    ("qformer", SMALL_QFORMER | {"norm": True, "output_rms": 0.1, "cross_attention_frequency": 1}),
+    ("qformer", SMALL_QFORMER | {"norm": "layer", "output_rms": 0.1, "cross_attention_frequency": 1}),
 ]
 
 
@@ -106,7 +106,7 @@ def test_scaling_the_output_takes_no_random_numbers() -> None:
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_fresh_tokens_have_the_asked_scale(kind: str, options: dict[str, Any]) -> None:
-    connector = build(kind, options | {"norm": True, "output_rms": 0.13}).eval()
+    connector = build(kind, options | {"norm": "layer", "output_rms": 0.13}).eval()
     tokens = connector(50 * features(32, 20) + 3, full_mask(32, 20))
     assert tokens.square().mean().sqrt().item() == pytest.approx(0.13, rel=0.15)
 
@@ -223,3 +223,15 @@ def test_unwanted_or_missing_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(DataError, match="not a readable safetensors"):
         build("qformer", SMALL_QFORMER, tmp_path)
+
+
+def test_data_norm_standardises_the_channels_and_is_stored_with_the_connector() -> None:
+    torch.manual_seed(0)
+    features = 5.0 + 3.0 * torch.randn(200, 8) * torch.arange(1, 9)
+    connector = build_connector("mlp", {"norm": "data"}, 8, 16)
+    connector.fit(features)
+    normal = connector.norm(features)
+    assert torch.allclose(normal.mean(dim=0), torch.zeros(8), atol=1e-5)
+    assert torch.allclose(normal.std(dim=0, unbiased=False), torch.ones(8), atol=1e-5)
+    assert {"norm.mean", "norm.deviation"} <= connector.state_dict().keys()
+    assert not any(name.startswith("norm.") for name, _ in connector.named_parameters())

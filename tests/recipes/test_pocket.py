@@ -26,7 +26,7 @@ MODALITIES = ("image", "video", "audio", "pointcloud")
 SPLITS = ("train", "test")
 MAX_BYTES = 24_000_000
 MAX_MAJORITY = 0.40
-SMALLEST = {"train": 450, "test": 90}
+SMALLEST = {"train": 440, "test": 90}
 PACKAGES_VARIABLE = "MERA_POCKET_SOURCES"
 
 

@@ -1,12 +1,11 @@
 """The process server of the training tests, and the run they train on."""
 
 import multiprocessing.forkserver
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from ..conftest import MakeRun
 from .processes import server
 
 
@@ -24,6 +23,6 @@ def _process_server(cache: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def run(make_tiny_run: MakeRun) -> Path:
+def run(make_tiny_run: Callable[..., Path]) -> Path:
     """Return a run without dropout: its random numbers would differ with the number of ranks."""
     return make_tiny_run("modalities.audio.connector.options.dropout=0.0")

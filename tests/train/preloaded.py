@@ -1,11 +1,17 @@
 """Imported by the process server: what every rank needs and takes seconds to import."""
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # imports torch's compiler
-import pytest  # the script that child processes take for their main module
+import importlib
 
-import mera_ds.cli.launch
-import mera_ds.train.stage
-import torch.utils.tensorboard
 from mera_ds.train.engine import prepare_environment
 
+MODULES = (
+    "mera_ds.cli.launch",
+    "mera_ds.train.stage",
+    "torch.utils.tensorboard",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's compiler
+    "pytest",  # whose script child processes take for their main module
+)
+
+for module in MODULES:
+    importlib.import_module(module)
 prepare_environment()

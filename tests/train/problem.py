@@ -12,6 +12,7 @@ import math
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,20 +97,21 @@ class Trained:
     parameters: dict[str, Array]
     moments: dict[str, Array]
     """Adam's, as `<name>.exp_avg` and `<name>.exp_avg_sq`."""
-    warnings: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    """The messages of rank 0."""
 
     @property
     def skipped(self) -> list[int]:
-        """The steps, from 0, of which a warning says that they were skipped."""
-        found = [re.match(r"step (\d+): .* skipped", line) for line in self.warnings]
+        """The steps, from 0, that the log calls skipped."""
+        found = [re.match(r"step (\d+): .*skipped", line) for line in self.log]
         return [int(match[1]) for match in found if match is not None]
 
 
-class Warnings(logging.Handler):
-    """Keeps the warnings of the package."""
+class _Messages(logging.Handler):
+    """Keeps the messages of the package."""
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -134,26 +136,30 @@ class PoisonedLoader(StepLoader):
 
 def build_loader(task: Task, world: World) -> StepLoader:
     """Return the loader that a training step would build, on the first units only."""
-    config = _config(task)
-    encoders = build_encoders(config, task.run, task.modalities)
-    tokenizer = load_tokenizer(resolve_path(config.backbone.path, task.run))
-    mixture = {
-        modality: _part(task, config, modality, encoders[modality], tokenizer, world)
-        for modality in task.modalities
-    }
     settings = LoaderSettings(
         batch_size=task.settings.batch_size,
         epochs=task.settings.epochs,
         max_steps=task.settings.max_steps,
-        seed=config.seed,
+        seed=0,
         rank=world.rank,
         world=world.size,
         micro_batch=task.execution.micro_batch_size,
         workers=task.execution.workers,
     )
-    loader = PoisonedLoader(mixture, settings)
+    loader = PoisonedLoader(build_mixture(task, world), settings)
     loader.poisoned = task.poisoned
     return loader
+
+
+def build_mixture(task: Task, world: World) -> dict[str, MixturePart]:
+    """Return the first units of each modality."""
+    config = _config(task)
+    encoders = build_encoders(config, task.run, task.modalities)
+    tokenizer = load_tokenizer(resolve_path(config.backbone.path, task.run))
+    return {
+        modality: _part(task, config, modality, encoders[modality], tokenizer, world)
+        for modality in task.modalities
+    }
 
 
 def _part(
@@ -211,28 +217,44 @@ def train_all(tasks: Mapping[str, Task], folder: Path) -> dict[str, Trained | st
 def train(task: Task, world: World, folder: Path) -> Trained:
     """Train a task through the engine and the loop, with its checkpoints in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    loader = build_loader(task, world)
+    with trainee(task, world) as (engine, start):
+        phase = Phase("test", task.settings, task.sets, folder, "key", seed=0)
+        messages = _Messages()
+        logger.addHandler(messages)
+        try:
+            with Metrics(folder, world.is_main) as metrics:
+                train_phase(engine, loader, phase, task.execution, world, metrics)
+        finally:
+            logger.removeHandler(messages)
+        return trained(engine, start, losses(folder), messages.lines)
+
+
+@contextmanager
+def trainee(task: Task, world: World) -> Iterator[tuple[Engine, dict[str, Array]]]:
+    """Hold a fresh model under the engine; also give its trainable parameters from before."""
     if task.dtype == "fp16":
         allow_fp16()
-    loader = build_loader(task, world)
     model, sets = build_trainee(task)
     start = {name: _array(parameter) for name, parameter in _named(sets).items()}
     engine = Engine(model, sets, task.settings, task.execution, task.dtype, world)
-    phase = Phase("test", task.settings, tuple(sets), folder, "key", seed=0)
-    warnings = Warnings()
-    logger.addHandler(warnings)
     try:
-        with Metrics(folder, world.is_main) as metrics:
-            train_phase(engine, loader, phase, task.execution, world, metrics)
-        state = engine.state()
+        yield engine, start
     finally:
-        logger.removeHandler(warnings)
         engine.close()
+
+
+def trained(
+    engine: Engine, start: dict[str, Array], losses: list[float], log: Sequence[str] = ()
+) -> Trained:
+    """Return where an engine stands; every rank must call it."""
+    state = engine.state()
     return Trained(
-        losses(folder),
+        losses,
         start,
         {name: _array(tensor) for name, tensor in state.parameters.items()},
         {name: _array(tensor) for name, tensor in state.moments.items()},
-        warnings.lines,
+        list(log),
     )
 
 
@@ -251,19 +273,22 @@ def losses(folder: Path) -> list[float]:
     return [found[step] for step in sorted(found)]
 
 
-def train_plainly(task: Task, skip: Sequence[int] = ()) -> Trained:
+def train_plainly(
+    task: Task, skip: Sequence[int] = (), factors: Sequence[float] | None = None
+) -> Trained:
     """Train a task with torch alone, in this process.
 
     Args:
-        task: its `execution` and `dtype` are not used.
+        task: its `execution`, `dtype` and `schedule` are not used.
         skip: steps whose update is left out.
+        factors: factor of the learning rates at each step; None: constant.
     """
     task = dataclasses.replace(task, dtype="fp32", poisoned=())
     torch.set_num_threads(1)
     loader = build_loader(task, World(rank=0, size=1, local_rank=0))
     model, sets = build_trainee(task)
     steps = (list(_by_modality(loader, step, task)) for step in range(loader.total_steps))
-    return plain_loop(model, sets, steps, task.settings, skip)
+    return plain_loop(model, sets, steps, task.settings, skip, factors)
 
 
 def _by_modality(loader: StepLoader, step: int, task: Task) -> Iterator[Batch]:
@@ -287,18 +312,20 @@ def plain_loop(
     steps: Iterator[Sequence[Batch]],
     settings: PhaseConfig,
     skip: Sequence[int] = (),
+    factors: Sequence[float] | None = None,
 ) -> Trained:
-    """Train on global batches with torch's AdamW at constant rates."""
+    """Train on global batches with torch's AdamW."""
     named = _named(sets)
     start = {name: _array(parameter) for name, parameter in named.items()}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
             "params": list(entry.values()),
-            "lr": settings.lr_backbone if name == LORA else settings.lr_connector,
+            "peak": settings.lr_backbone if name == LORA else settings.lr_connector,
         }
         for name, entry in sets.items()
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    groups = optimizer.param_groups
     found = []
     for step, batches in enumerate(steps):
         tokens = sum(batch.supervised_tokens for batch in batches)
@@ -307,6 +334,8 @@ def plain_loop(
         loss.backward()
         if settings.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(list(named.values()), settings.max_grad_norm)
+        for group in groups:
+            group["lr"] = group["peak"] * (factors[step] if factors is not None else 1.0)
         if step not in skip:
             optimizer.step()
         found.append(float(loss.detach()))
@@ -339,29 +368,12 @@ def meaningful(name: str) -> bool:
     return re.search(r"attention\.key\.bias|crossattention\.attention\.(query|key)", name) is None
 
 
-def worst_change(found: Trained, expected: Trained) -> float:
-    """Return the largest error of a parameter tensor, relative to how far training moved it."""
-    return _worst(
-        found.parameters,
-        expected.parameters,
-        lambda name: np.abs(expected.parameters[name] - expected.start[name]).max(),
-    )
-
-
 def worst_moment(found: Trained, expected: Trained) -> float:
     """Return the largest error of a moment tensor, relative to its largest entry."""
-    return _worst(
-        found.moments, expected.moments, lambda name: np.abs(expected.moments[name]).max()
-    )
-
-
-def _worst(
-    found: Mapping[str, Array], expected: Mapping[str, Array], scale: Callable[[str], Any]
-) -> float:
-    assert found.keys() == expected.keys()
+    assert found.moments.keys() == expected.moments.keys()
     errors = {
-        name: float(np.abs(found[name] - expected[name]).max() / scale(name))
-        for name in expected
+        name: float(np.abs(found.moments[name] - tensor).max() / np.abs(tensor).max())
+        for name, tensor in expected.moments.items()
         if meaningful(name)
     }
     assert all(math.isfinite(error) for error in errors.values()), errors
@@ -370,6 +382,7 @@ def _worst(
 
 def whole_change(found: Trained, expected: Trained) -> float:
     """Return the error of all parameters together (L2), relative to how far training moved them."""
+    assert found.parameters.keys() == expected.parameters.keys()
     names = [name for name in expected.parameters if meaningful(name)]
     error = sum(np.square(found.parameters[n] - expected.parameters[n]).sum() for n in names)
     moved = sum(np.square(expected.parameters[n] - expected.start[n]).sum() for n in names)

@@ -40,7 +40,8 @@ def build(source: Path | None, out: Path, log: Log) -> list[Path]:
     """Build the set below `out` from the package files in `source`.
 
     Raises:
-        InputError: a package is missing or not the recorded one; the message says how to fetch it.
+        InputError: a package is missing or not the recorded one, or the synthesizer is not
+            installed; the message says how to get it.
     """
     if source is None:
         raise InputError(
@@ -48,6 +49,7 @@ def build(source: Path | None, out: Path, log: Log) -> list[Path]:
             + download_commands(Path("DIR"), PACKAGES)
         )
     check_packages(source)
+    audio.synthesizer()
     _warn_of_other_tools(log)
     folders = []
     credits: list[str] = []

@@ -4,7 +4,9 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import TypeAlias
 
 import numpy as np
@@ -160,18 +162,26 @@ def _performance(
     return lambda: player.play(program, notes, velocity)
 
 
+def synthesizer() -> ModuleType:
+    """Return the module that plays soundfonts.
+
+    Raises:
+        InputError: it is not installed; the message says how to install it.
+    """
+    try:
+        return import_module("tinysoundfont")
+    except ImportError:
+        raise InputError(
+            "the sounds of the pocket set are played by tinysoundfont, which is not installed; "
+            f"run: pip install --no-deps {SYNTHESIZER}"
+        ) from None
+
+
 class _Player:
     """Plays notes of a soundfont. The same calls in the same order give the same samples."""
 
     def __init__(self, soundfont: bytes) -> None:
-        try:
-            import tinysoundfont
-        except ImportError:
-            raise InputError(
-                "the sounds of the pocket set are played by tinysoundfont, which is not "
-                f"installed; run: pip install --no-deps {SYNTHESIZER}"
-            ) from None
-        self._synth = tinysoundfont.Synth(samplerate=SOURCE_RATE)
+        self._synth = synthesizer().Synth(samplerate=SOURCE_RATE)
         self._font = self._synth.sfload(soundfont)
 
     def play(self, program: int, notes: tuple[int, ...], velocity: int) -> Floats:

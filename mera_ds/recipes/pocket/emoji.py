@@ -12,7 +12,7 @@ class EmojiName:
     """What an emoji is called."""
 
     label: str
-    """In lower case, without the skin tone."""
+    """In lower case, without colons, and without the skin tone."""
     subgroup: str
     """Such as `person-sport`; empty if the emoji belongs to none."""
     skin_tone: bool
@@ -33,7 +33,8 @@ class EmojiNames:
         subgroups = {entry["order"]: entry["key"] for entry in messages["subgroups"]}
         self._names: dict[str, EmojiName] = {}
         for entry in json.loads(files["en/data.json"]):
-            label, subgroup = entry["label"].lower(), subgroups.get(entry.get("subgroup"), "")
+            label = entry["label"].lower().replace("’", "'").replace(":", "")
+            subgroup = subgroups.get(entry.get("subgroup"), "")
             self._names[_plain(entry["hexcode"])] = EmojiName(label, subgroup, False)
             for skin in entry.get("skins", []):
                 self._names[_plain(skin["hexcode"])] = EmojiName(label, subgroup, True)

@@ -148,7 +148,7 @@ def download_commands(folder: Path, packages: Sequence[Package]) -> str:
     """Return the shell lines that fetch packages into a folder."""
     lines = [f"  cd {folder}", *(f"  {package.command}" for package in packages)]
     if any(package.registry == "apt" for package in packages):
-        lines.append("  (the apt packages are those of Debian 12, main)")
+        lines.append("  # the apt packages are those of Debian 12, main")
     return "\n".join(lines)
 
 

@@ -121,8 +121,7 @@ def _clip(code: str, package: Package, name: EmojiName) -> _Clip | None:
         kind = KINDS["person-sport"]
     if kind is None or concept in NOT_OF_THEIR_KIND:
         return None
-    label = name.label.replace(":", "").replace("’", "'")
-    return _Clip(code, package, label, concept, *kind, skin_tone=name.skin_tone)
+    return _Clip(code, package, name.label, concept, *kind, skin_tone=name.skin_tone)
 
 
 def shorten(content: bytes) -> bytes | None:

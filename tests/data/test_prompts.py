@@ -1,0 +1,158 @@
+"""Token pieces: what a row says, and which of its tokens are supervised."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from mera_ds.config import PromptConfig
+from mera_ds.data.prompts import PromptBuilder, TokenPieces
+from mera_ds.errors import DataError, InputError
+from mera_ds.model.backbone import load_tokenizer
+
+CHAT, PLAIN = PromptConfig(style="chat"), PromptConfig(style="plain")
+
+LLAMA3_SPECIAL = (
+    "<|begin_of_text|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|pad|>",
+)
+LLAMA3_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}"
+    "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_template: Path) -> Any:
+    """Return the tokenizer of the profile `tiny`: a chat template, no start token."""
+    return load_tokenizer(tiny_template / "backbone")
+
+
+@pytest.fixture
+def llama3() -> PreTrainedTokenizerFast:
+    """Return bytes as tokens, with the special tokens, template and start token of Llama 3."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: number for number, text in enumerate([*LLAMA3_SPECIAL, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=LLAMA3_SPECIAL[0],
+        eos_token=LLAMA3_SPECIAL[1],
+        additional_special_tokens=list(LLAMA3_SPECIAL[2:]),
+    )
+    fast.chat_template = LLAMA3_TEMPLATE
+    return fast
+
+
+def texts(tokenizer: Any, pieces: TokenPieces) -> tuple[str, str, str]:
+    """Return prefix, suffix and answer as text, special tokens included."""
+    prefix, suffix, answer = (
+        tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        for ids in (pieces.prefix, pieces.suffix, pieces.answer)
+    )
+    return prefix, suffix, answer
+
+
+class TestChat:
+    def test_with_the_tiny_tokenizer(self, tiny: Any) -> None:
+        pieces = PromptBuilder(CHAT, tiny).build("What colour is it?", "red", "x")
+        assert texts(tiny, pieces) == (
+            "<|user|>",
+            "\nWhat colour is it?<|end|><|assistant|>",
+            "red<|end|>",
+        )
+
+    def test_with_a_tokenizer_like_that_of_llama_3(self, llama3: PreTrainedTokenizerFast) -> None:
+        pieces = PromptBuilder(CHAT, llama3).build("Naïve?", "yes, naïve", "x")
+        assert texts(llama3, pieces) == (
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+            "\nNaïve?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "yes, naïve<|eot_id|>",
+        )
+        ids = (*pieces.prefix, *pieces.suffix, *pieces.answer)
+        assert ids.count(llama3.bos_token_id) == 1
+
+    @pytest.mark.parametrize("name", ["tiny", "llama3"])
+    def test_a_row_is_what_the_template_makes_of_the_whole_conversation(
+        self, name: str, request: pytest.FixtureRequest
+    ) -> None:
+        tokenizer = request.getfixturevalue(name)
+        pieces = PromptBuilder(CHAT, tokenizer).build("Which way?", "up and left", "x")
+        conversation = [
+            {"role": "user", "content": "M\nWhich way?"},
+            {"role": "assistant", "content": "up and left"},
+        ]
+        whole = tokenizer.apply_chat_template(conversation, tokenize=False)
+        prefix, suffix, answer = texts(tokenizer, pieces)
+        assert f"{prefix}M{suffix}{answer}" == whole
+
+    def test_the_question_may_hold_anything(self, tiny: Any) -> None:
+        question = "Is \ue000 it {{ 7 * 7 }} {% raise %}?"
+        _, suffix, _ = texts(tiny, PromptBuilder(CHAT, tiny).build(question, "no", "x"))
+        assert suffix == f"\n{question}<|end|><|assistant|>"
+
+    def test_a_tokenizer_without_a_template_is_refused(self, tiny: Any) -> None:
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tiny.backend_tokenizer, eos_token="<|end|>"
+        )
+        with pytest.raises(InputError, match=r"no chat template; set prompt\.style=plain"):
+            PromptBuilder(CHAT, tokenizer)
+        assert PromptBuilder(PLAIN, tokenizer).build("q", "a", "x").answer
+
+    def test_a_template_without_the_question_is_refused(
+        self, llama3: PreTrainedTokenizerFast
+    ) -> None:
+        llama3.chat_template = "{{ bos_token }}hello"
+        with pytest.raises(InputError, match="leaves out what the user says"):
+            PromptBuilder(CHAT, llama3).build("q", "a", "x")
+
+
+class TestPlain:
+    def test_without_a_start_token(self, tiny: Any) -> None:
+        pieces = PromptBuilder(PLAIN, tiny).build("Image caption:", "a red square", "x")
+        assert texts(tiny, pieces) == ("", " Image caption:", " a red square<|end|>")
+
+    def test_with_a_start_token(self, llama3: PreTrainedTokenizerFast) -> None:
+        pieces = PromptBuilder(PLAIN, llama3).build("Caption:", "naïve", "x")
+        assert texts(llama3, pieces) == ("<|begin_of_text|>", " Caption:", " naïve<|eot_id|>")
+
+
+@pytest.mark.parametrize("config", [CHAT, PLAIN], ids=lambda config: config.style)
+class TestAnswers:
+    def test_only_the_answer_and_the_end_token_are_supervised(
+        self, config: PromptConfig, tiny: Any
+    ) -> None:
+        pieces = PromptBuilder(config, tiny).build("What colour is it?", "red", "x")
+        assert pieces.answer[-1] == tiny.eos_token_id
+        assert tiny.decode(pieces.answer[:-1]).strip() == "red"
+
+    def test_generation_has_the_same_prompt_and_no_answer(
+        self, config: PromptConfig, tiny: Any
+    ) -> None:
+        builder = PromptBuilder(config, tiny)
+        trained, asked = (builder.build("What is it?", answer, "x") for answer in ("red", None))
+        assert (asked.prefix, asked.suffix) == (trained.prefix, trained.suffix)
+        assert asked.answer == ()
+
+    @pytest.mark.parametrize("answer", ["", "  ", "\n"])
+    def test_an_empty_one_is_an_error(self, config: PromptConfig, tiny: Any, answer: str) -> None:
+        with pytest.raises(DataError, match=r"set/key#0: the answer .* has no token to learn"):
+            PromptBuilder(config, tiny).build("q", answer, "set/key#0")
+
+    def test_a_tokenizer_without_an_end_token_is_refused(
+        self, config: PromptConfig, tiny: Any
+    ) -> None:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny.backend_tokenizer)
+        with pytest.raises(DataError, match="has no end token"):
+            PromptBuilder(config, tokenizer)

@@ -1,0 +1,298 @@
+"""Training under DeepSpeed, on one and two ranks, against the same training with torch alone.
+
+Tolerances are a few times the worst errors that were measured. Adam's moments, which are sums of
+gradients, are compared tensor by tensor. Parameters are compared all together, relative to how far
+training moved them: Adam makes full steps from the smallest gradients, rounding errors included. A
+wrong mean or a lost gradient gives errors near 1.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mera_ds.config import ExecutionConfig
+from mera_ds.distributed import World, process_group
+from mera_ds.errors import InputError
+from mera_ds.train.engine import Engine, engine_config
+
+from .problem import (
+    Task,
+    Trained,
+    build_loader,
+    build_trainee,
+    prepare,
+    train_all,
+    train_plainly,
+    trainee,
+    whole_change,
+    worst_loss,
+    worst_moment,
+)
+from .processes import run_ranks
+
+LOSS, MOMENT, CHANGE = 1e-6, 1e-3, 2e-4
+"""fp32; measured: 2e-7, 1.2e-4, 4.5e-5."""
+HALF_LOSS = {"bf16": 5e-3, "fp16": 1e-3}
+"""Measured: 1.2e-3 and 2e-4."""
+HALF_CHANGE = {"bf16": 0.2, "fp16": 0.1}
+"""Measured: 0.08 and 0.04."""
+
+FOUR = ("image", "video", "audio", "pointcloud")
+CLIP = 0.05
+COSINE = (0.25, 0.5, 0.75, 1.0, 0.75, 0.25)
+"""Factors of the learning rate: three steps of warm-up, then three of a cosine."""
+Plain = Callable[[str], Trained]
+Results = dict[str, Trained | str]
+
+TASKS: dict[str, Callable[[Path], Task]] = {
+    # One connector and LoRA, at different rates; one micro-batch a step.
+    "tune": lambda run: Task(run, lora=True),
+    # Four connectors; 7 samples give a rank one sample or none of a modality. Accumulates.
+    "realign": lambda run: Task(run, FOUR).training(batch_size=7, max_steps=4).using(
+        micro_batch_size=1
+    ),
+    # Nine units: the last batch of an epoch has one sample.
+    "uneven": lambda run: Task(run, units=9).training(batch_size=4),
+    "decay": lambda run: Task(run).training(weight_decay=0.1, max_steps=3),
+    "cosine": lambda run: Task(run).training(warmup_ratio=0.34, schedule="cosine"),
+    "clip": lambda run: Task(run, lora=True).training(max_grad_norm=CLIP, max_steps=3),
+}
+
+
+def _cases(run: Path, tasks: str, zeros: tuple[int, ...], dtype: str = "fp32") -> dict[str, Task]:
+    return {
+        f"{name}-zero{zero}-{dtype}": dataclasses.replace(TASKS[name](run), dtype=dtype).using(
+            zero=zero
+        )
+        for name in tasks.split()
+        for zero in zeros
+    }
+
+
+def _train(run: Path, folder: Path, ranks: int, cases: dict[str, Task]) -> Results:
+    return run_ranks(train_all, ranks, cases, folder, timeout=300)[0]
+
+
+def _result(results: Results, name: str) -> Trained:
+    result = results[name]
+    assert isinstance(result, Trained), result
+    return result
+
+
+@pytest.fixture(scope="module")
+def plain(run: Path) -> Plain:
+    """Return a function that gives the plain loop's result for a task."""
+
+    def result(name: str) -> Trained:
+        return train_plainly(TASKS[name](run), factors=COSINE if name == "cosine" else None)
+
+    return functools.cache(result)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Return the quick cases on two ranks."""
+    cases = (
+        _cases(run, "tune", (0, 1, 2, 3))
+        | _cases(run, "realign", (2, 3))
+        | _cases(run, "uneven", (1, 3))
+        | _cases(run, "clip", (0, 2))
+    )
+    return _train(run, tmp_path_factory.mktemp("two"), 2, cases)
+
+
+def _assert_exact(found: Trained, expected: Trained) -> None:
+    assert worst_loss(found, expected) < LOSS
+    assert worst_moment(found, expected) < MOMENT
+    assert whole_change(found, expected) < CHANGE
+    assert not found.skipped
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(f"tune-zero{zero}" for zero in range(4)),
+        "realign-zero2",
+        "realign-zero3",
+        "uneven-zero1",
+        "uneven-zero3",
+        "clip-zero0",
+        "clip-zero2",
+    ],
+)
+def test_two_ranks_train_as_plain_torch(case: str, two_ranks: Results, plain: Plain) -> None:
+    _assert_exact(_result(two_ranks, f"{case}-fp32"), plain(case.partition("-")[0]))
+
+
+def test_training_moves_every_tensor(plain: Plain) -> None:
+    """The comparison would be empty otherwise."""
+    for name in ("tune", "realign"):
+        reference = plain(name)
+        still = [
+            key
+            for key, tensor in reference.parameters.items()
+            if np.array_equal(tensor, reference.start[key])
+        ]
+        assert not still
+
+
+def test_zero_0_to_2_are_equal_to_the_bit(two_ranks: Results) -> None:
+    expected = _result(two_ranks, "tune-zero0-fp32")
+    for zero in (1, 2):
+        found = _result(two_ranks, f"tune-zero{zero}-fp32")
+        assert found.losses == expected.losses
+        for name, tensor in expected.parameters.items():
+            assert np.array_equal(found.parameters[name], tensor), name
+
+
+def test_the_tasks_are_uneven(run: Path) -> None:
+    """Ranks differ in counted samples and supervised tokens, and one has nothing to count."""
+    ranks = [
+        build_loader(TASKS["uneven"](run), World(rank=rank, size=2, local_rank=rank))
+        for rank in range(2)
+    ]
+    tokens = [[sum(b.supervised_tokens for b in loader[step]) for step in range(3)] for loader in ranks]
+    assert all(first != second for first, second in zip(*tokens, strict=True))
+    assert tokens[1][2] == 0
+    assert sum(len(batch.samples) for batch in ranks[0][2]) == 1
+    realign = build_loader(TASKS["realign"](run), World(rank=1, size=2, local_rank=1))
+    assert len(realign[0]) > 4, "several micro-batches of one modality"
+    assert any(False in batch.counted for step in range(4) for batch in realign[step])
+
+
+def test_gradients_are_not_clipped_unless_asked(two_ranks: Results, plain: Plain) -> None:
+    """After one step Adam's first moment is a tenth of the gradient; DeepSpeed's own limit is 1."""
+
+    def norm(trained: Trained) -> float:
+        first = [value for name, value in trained.moments.items() if name.endswith(".exp_avg")]
+        return math.sqrt(sum(float(np.square(value).sum()) for value in first))
+
+    free, clipped = plain("tune"), plain("clip")
+    assert norm(free) > 1.0, "the gradients must be large enough to show clipping at 1"
+    assert norm(clipped) < CLIP
+    assert norm(_result(two_ranks, "tune-zero2-fp32")) == pytest.approx(norm(free), rel=1e-4)
+    assert norm(_result(two_ranks, "clip-zero2-fp32")) == pytest.approx(norm(clipped), rel=1e-4)
+
+
+def test_clipping_is_always_written() -> None:
+    for clip in (0.0, 2.5):
+        assert engine_config(ExecutionConfig(zero=2), "fp32", clip)["gradient_clipping"] == clip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_task_and_stage_trains_as_plain_torch(
+    ranks: int, run: Path, tmp_path: Path, plain: Plain
+) -> None:
+    cases = _cases(run, " ".join(TASKS), (0, 1, 2, 3))
+    results = _train(run, tmp_path, ranks, cases)
+    for name in cases:
+        _assert_exact(_result(results, name), plain(name.partition("-")[0]))
+
+
+@pytest.mark.slow
+def test_zero_3_with_every_parameter_partitioned(run: Path, tmp_path: Path, plain: Plain) -> None:
+    """The tiny model's parameters are all below the size from which the default cuts them."""
+    settings = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
+    path = tmp_path / "cut.json"
+    path.write_text(json.dumps({"zero_optimization": settings}))
+    cases = {
+        name: TASKS[name](run).using(zero=3, ds_config=str(path)) for name in ("tune", "realign")
+    }
+    results = _train(run, tmp_path, 2, cases)
+    for name in cases:
+        _assert_exact(_result(results, name), plain(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_stays_close_to_plain_torch(
+    dtype: str, ranks: int, run: Path, tmp_path: Path
+) -> None:
+    """fp16 may skip steps until its loss scale fits; the reference leaves out the same ones."""
+    cases = _cases(run, "tune realign", (1, 2, 3), dtype)
+    results = _train(run, tmp_path, ranks, cases)
+    for name in cases:
+        found = _result(results, name)
+        assert len(found.skipped) <= (1 if dtype == "fp16" else 0)
+        expected = train_plainly(TASKS[name.partition("-")[0]](run), found.skipped)
+        assert worst_loss(found, expected) < HALF_LOSS[dtype]
+        assert whole_change(found, expected) < HALF_CHANGE[dtype]
+
+
+def _errors_of_masters(tasks: list[Task]) -> list[float]:
+    """Return by how much the engine's fp32 weights differ from the model's before the first step."""
+    world = prepare()
+    errors = []
+    with process_group(world, timeout_seconds=60):
+        for task in tasks:
+            with trainee(task, world) as (engine, start):
+                found = engine.parameters()
+            errors.append(max(float(np.abs(found[k].numpy() - start[k]).max()) for k in start))
+    return errors
+
+
+def test_masters_start_from_the_unrounded_weights(run: Path) -> None:
+    tasks = [
+        Task(run, lora=True, dtype=dtype).using(zero=zero)
+        for dtype, zero in (("fp32", 0), ("fp32", 3), ("bf16", 1), ("bf16", 3), ("fp16", 2))
+    ]
+    assert run_ranks(_errors_of_masters, 2, tasks)[0] == [0.0] * len(tasks)
+
+
+def _refusals(tasks: list[Task]) -> list[str]:
+    world = prepare()
+    messages = []
+    with process_group(world, timeout_seconds=60):
+        for task in tasks:
+            model, sets = build_trainee(task)
+            try:
+                Engine(model, sets, task.settings, task.execution, task.dtype, world)
+            except InputError as error:
+                messages.append(str(error))
+    return messages
+
+
+def test_what_deepspeed_would_do_wrong_is_refused(run: Path) -> None:
+    tasks = [Task(run, dtype=dtype).using(zero=0) for dtype in ("bf16", "fp16")]
+    for dtype, message in zip(("bf16", "fp16"), run_ranks(_refusals, 1, tasks)[0], strict=True):
+        assert f"execution.zero=0 with backbone.dtype={dtype}" in message
+        assert "execution.zero=1" in message
+
+
+def test_a_connector_rate_is_not_used_for_the_backbone(run: Path) -> None:
+    task = Task(run, lora=True).training(lr_backbone=None)
+    assert "lr_backbone is not set" in run_ranks(_refusals, 1, [task])[0][0]
+
+
+def test_fp16_without_the_hardware_is_refused(run: Path) -> None:
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        pytest.skip("this processor computes fp16")
+    message = run_ranks(_refusals, 1, [Task(run, dtype="fp16")])[0][0]
+    assert "backbone.dtype=fp16" in message
+    assert "bf16 or fp32" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_clipping": 1.0}, "sets 'gradient_clipping'"),
+        ({"zero_optimization": {"stage": 3}}, "is for ZeRO 3, but execution.zero is 2"),
+        ({}, "is for ZeRO 0, but execution.zero is 2"),
+    ],
+)
+def test_engine_settings_that_contradict_the_run_are_refused(
+    settings: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "engine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | settings if settings else {}))
+    with pytest.raises(InputError, match=message):
+        engine_config(ExecutionConfig(zero=2, ds_config=str(path)), "fp32", 0.0)
