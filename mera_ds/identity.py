@@ -42,10 +42,10 @@ def product_key(config: RunConfig, run: Path, plan: Plan, step: Step) -> str:
     start = None
     if step.start is not None:
         if not (run / step.start / "manifest.json").exists():
-            missing = plan.producer(step.start)
+            before = plan.producer(step.start).name
             raise InputError(
-                f"{step.name} starts from {missing.name}, which is not finished ({run / step.start} "
-                f"is missing); run 'mera-ds run {run} --until {missing.name}' first"
+                f"{step.name} starts from {before}, which is not finished ({run / step.start} is "
+                f"missing); run 'mera-ds run {run} --until {before}' first"
             )
         start = read_manifest(run / step.start).key
     facts: dict[str, Any] = {"kind": step.kind, "stage": step.stage, "start": start}

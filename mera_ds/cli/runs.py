@@ -1,14 +1,19 @@
 """The commands `mera-ds init | plan | run | status | report`."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mera_ds.config import RunConfig, load_profile, resolve_path, save_config
 from mera_ds.errors import InputError, MeraError
 from mera_ds.log import set_up_console
 from mera_ds.methods import make_plan
-from mera_ds.plan import EvaluateStep, MergeStep, Plan, Step, TrainStep, save_plan
+from mera_ds.plan import DataPart, EvaluateStep, MergeStep, Step, TrainStep, save_plan
+
+if TYPE_CHECKING:  # it needs torch
+    from mera_ds.sequence import Run
 
 
 def init(arguments: argparse.Namespace) -> None:
@@ -50,31 +55,44 @@ def plan(arguments: argparse.Namespace) -> None:
         run = open_run(folder)
         print(f"{folder}: {run.plan.method} on {' → '.join(run.config.order)}")
         for number, step in enumerate(run.plan.steps, start=1):
-            print(f"  {number:2d}  {step.name:24s} {_describe(run.config, run.plan, step)}")
+            print(f"  {number:2d}  {step.name:24s} {_describe(run, step)}")
 
 
-def _describe(config: RunConfig, plan: Plan, step: Step) -> str:
-    start = "the bare backbone" if step.start is None else plan.producer(step.start).name
+def _describe(run: "Run", step: Step) -> str:
+    start = "the bare backbone" if step.start is None else run.plan.producer(step.start).name
     if isinstance(step, MergeStep):
         return f"weigh the newest delta by {step.coefficient}  from {start}"
     if isinstance(step, EvaluateStep):
         return f"generate and score on {', '.join(step.modalities)}  with {start}"
-    return f"{_describe_training(config, step)}  from {start}"
+    return f"{_describe_training(run, step)}  from {start}"
 
 
-def _describe_training(config: RunConfig, step: TrainStep) -> str:
-    settings = config.phase(step.phase)
+def _describe_training(run: "Run", step: TrainStep) -> str:
+    settings = run.config.phase(step.phase)
     shares = ", ".join(
         part.modality if part.percent == 100 else f"{part.percent:g} % of {part.modality}"
         for part in step.data
     )
-    length = (
-        f"at most {settings.max_steps} steps" if settings.max_steps else f"{settings.epochs} epoch"
-    )
+    texts = sum(_texts(run, part, settings.tasks) for part in step.data)
+    steps = math.ceil(texts / settings.batch_size) * settings.epochs
     return (
         f"train {', '.join(step.trainable)} on {'+'.join(settings.tasks)} of {shares}: "
-        f"{length} of {settings.batch_size}"
+        f"{min(steps, settings.max_steps or steps)} steps of {settings.batch_size} "
+        f"({texts} texts)"
     )
+
+
+def _texts(run: "Run", part: DataPart, tasks: Sequence[str]) -> int:
+    """Return how many texts a share of a modality's training data has."""
+    from mera_ds.identity import data_folders
+    from mera_ds.shards.format import read_index
+
+    counts = [
+        read_index(folder / "train").counts
+        for folder in data_folders(run.config, run.folder, part.modality)
+    ]
+    found = [sum(count[task] for count in counts) for task in tasks]
+    return sum(math.ceil(number * part.percent / 100) for number in found)
 
 
 def run(arguments: argparse.Namespace) -> None:

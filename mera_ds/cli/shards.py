@@ -1,6 +1,7 @@
 """The commands `mera-ds shards …` and `mera-ds pocket fetch`."""
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,15 @@ def lint(arguments: argparse.Namespace) -> None:
 
 
 def _decoder(folder: Path) -> Callable[[str, bytes, str], Any]:
+    """Return a decoder that asks the index for the modality when it is first needed."""
     from mera_ds.data.decode import decode
     from mera_ds.shards.format import read_index
 
-    modality = read_index(folder).modality
-    return lambda extension, content, name: decode(modality, extension, content, name)
+    @functools.cache
+    def modality() -> str:
+        return read_index(folder).modality
+
+    return lambda extension, content, name: decode(modality(), extension, content, name)
 
 
 def preview(arguments: argparse.Namespace) -> None:

@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 LENGTH_WINDOW = 4
-"""How many batches' worth of shuffled units are sorted by length together; few, so that batches stay
-mixed."""
+"""How many batches' worth of shuffled units are sorted by length together.
+
+Few, so that a batch still mixes tasks, which differ in length."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mera_ds.checkpoint import Manifest, load_delta
@@ -32,6 +33,7 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
     Raises:
         InputError: if the folder is no causal language model that transformers knows.
     """
+    transformers.utils.logging.disable_progress_bar()
     attention = _attention(config)
     try:
         llm = AutoModelForCausalLM.from_pretrained(

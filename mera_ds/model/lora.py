@@ -58,7 +58,9 @@ def lora_parameters(llm: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def fold_delta(llm: PreTrainedModel, tensors: Mapping[str, Tensor], weight: float, where: str) -> None:
+def fold_delta(
+    llm: PreTrainedModel, tensors: Mapping[str, Tensor], weight: float, where: str
+) -> None:
     """Add  weight · B A  to each linear layer, in fp32, rounding once to the layer's dtype.
 
     Args:

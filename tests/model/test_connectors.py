@@ -19,7 +19,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mlp", {"depth": 1}),
     ("mlp", {"depth": 3, "hidden": 12, "norm": "layer", "output_rms": 0.1}),
     ("qformer", SMALL_QFORMER),
-    ("qformer", SMALL_QFORMER | {"norm": "layer", "output_rms": 0.1, "cross_attention_frequency": 1}),
+    (
+        "qformer",
+        SMALL_QFORMER | {"norm": "layer", "output_rms": 0.1, "cross_attention_frequency": 1},
+    ),
 ]
 
 

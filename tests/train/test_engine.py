@@ -54,8 +54,8 @@ Results = dict[str, Trained | str]
 TASKS: dict[str, Callable[[Path], Task]] = {
     # One connector and LoRA, at different rates; one micro-batch a step.
     "tune": lambda run: Task(run, lora=True),
-    # Four connectors; 7 samples give a rank one sample or none of a modality. Accumulates.
-    "realign": lambda run: Task(run, FOUR).training(batch_size=7, max_steps=4).using(
+    # Four connectors, several micro-batches of one sample each; of some a rank has none of its own.
+    "realign": lambda run: Task(run, FOUR).training(batch_size=11, max_steps=3).using(
         micro_batch_size=1
     ),
     # Nine units: the last batch of an epoch has one sample.
@@ -153,18 +153,18 @@ def test_zero_0_to_2_are_equal_to_the_bit(two_ranks: Results) -> None:
 
 
 def test_the_tasks_are_uneven(run: Path) -> None:
-    """Ranks differ in counted samples and supervised tokens, and one has nothing to count."""
+    """Ranks differ in supervised tokens, and in the last batch one has nothing that counts."""
     ranks = [
         build_loader(TASKS["uneven"](run), World(rank=rank, size=2, local_rank=rank))
         for rank in range(2)
     ]
-    tokens = [[sum(b.supervised_tokens for b in loader[step]) for step in range(3)] for loader in ranks]
-    assert all(first != second for first, second in zip(*tokens, strict=True))
-    assert tokens[1][2] == 0
-    assert sum(len(batch.samples) for batch in ranks[0][2]) == 1
+    steps = [[loader[step] for step in range(3)] for loader in ranks]
+    tokens = [[sum(b.supervised_tokens for b in batches) for batches in own] for own in steps]
+    assert tokens[0][1] != tokens[1][1] > 0
+    assert (len(steps[0][2][0].samples), tokens[1][2]) == (1, 0)
     realign = build_loader(TASKS["realign"](run), World(rank=1, size=2, local_rank=1))
     assert len(realign[0]) > 4, "several micro-batches of one modality"
-    assert any(False in batch.counted for step in range(4) for batch in realign[step])
+    assert any(False in batch.counted for batch in realign[0])
 
 
 def test_gradients_are_not_clipped_unless_asked(two_ranks: Results, plain: Plain) -> None:
@@ -229,7 +229,7 @@ def test_half_precision_stays_close_to_plain_torch(
 
 
 def _errors_of_masters(tasks: list[Task]) -> list[float]:
-    """Return by how much the engine's fp32 weights differ from the model's before the first step."""
+    """Return by how much the engine's fp32 weights differ from the model's at the start."""
     world = prepare()
     errors = []
     with process_group(world, timeout_seconds=60):
