@@ -71,6 +71,8 @@ class ModalityConfig:
     connector: ComponentConfig
     caption_prompt: str
     """Instruction of the caption task."""
+    lr_scale: float = 1.0
+    """Factor on this connector's learning rate: a transformer stands less than an MLP."""
 
 
 @dataclass(frozen=True, kw_only=True)

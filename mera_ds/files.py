@@ -193,6 +193,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder; the system releases it when the process dies.
 
+    A program that is started with `close_fds=False` holds it, too: while it works on the folder,
+    nobody else may, even if this process was killed.
+
     Raises:
         LockedError: at once, if another process holds it.
     """
@@ -210,4 +213,5 @@ def folder_lock(folder: Path) -> Iterator[None]:
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
+        os.set_inheritable(file.fileno(), True)
         yield

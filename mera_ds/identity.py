@@ -79,6 +79,7 @@ def _component_facts(config: RunConfig, run: Path, modality: str) -> dict[str, A
         "encoder": _component(entry.encoder, run),
         "connector": _component(entry.connector, run),
         "caption_prompt": entry.caption_prompt,
+        "lr_scale": entry.lr_scale,
         "shards": [
             read_index(folder / "train").fingerprint
             for folder in data_folders(config, run, modality)

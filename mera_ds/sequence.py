@@ -128,10 +128,8 @@ def run_plans(runs: Sequence[Run], until: str | None = None) -> None:
     # One process group for all steps in this process: DeepSpeed can't follow it into another.
     with process_group(world, max(run.config.execution.timeout_seconds for run in runs)):
         for run in runs:
-            with folder_lock(run.folder):
-                remove_temporaries(run.folder)
-                for step in _wanted(run, until):
-                    _carry_out(run, step, folders, world, clock)
+            for step in _wanted(run, until):
+                _carry_out(run, step, folders, world, clock)
 
 
 def _wanted(run: Run, until: str | None) -> list[Step]:
@@ -149,24 +147,29 @@ def _carry_out(
     run: Run, step: Step, folders: Sequence[Path], world: World, clock: "_Clock"
 ) -> None:
     label = f"{run.folder.name} {step.name}"
-    if step_is_finished(run, step):
-        clock.skip(cost(run, step))
-        logger.info("%s: finished before", label)
-        return
-    if share_product(run, step, folders):
-        clock.skip(cost(run, step))
-        return
-    logger.info("── %s  (%s)", label, clock.line())
-    inline = isinstance(step, MergeStep | EvaluateStep)
-    if inline or run.config.execution.launcher == "inline":
-        execute_step(run, step, world)
-    else:
+    inline = not isinstance(step, TrainStep) or run.config.execution.launcher == "inline"
+    with folder_lock(run.folder):
+        remove_temporaries(run.folder)
+        if step_is_finished(run, step):
+            clock.skip(cost(run, step))
+            logger.info("%s: finished before", label)
+            return
+        if share_product(run, step, folders):
+            clock.skip(cost(run, step))
+            return
+        logger.info("── %s  (%s)", label, clock.line())
+        if inline:
+            execute_step(run, step, world)
+    if not inline:
         _launch(run, step)
     clock.done(cost(run, step))
 
 
 def _launch(run: Run, step: Step) -> None:
-    """Start a training step under torchrun or deepspeed and pass on how it ended."""
+    """Start a training step under torchrun or deepspeed and pass on how it ended.
+
+    The step's first rank takes the run's lock, so that ranks which outlive this process keep it.
+    """
     script = "realign.py" if isinstance(step, TrainStep) and step.phase == "realign" else "stage.py"
     execution = run.config.execution
     command = [
@@ -184,8 +187,13 @@ def _launch(run: Run, step: Step) -> None:
         for name, value in os.environ.items()
         if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     }
-    environment["MERA_RUN_IS_LOCKED"] = "1"
-    code = subprocess.run(command, env=environment, check=False).returncode
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()  # the launchers pass it on, and the ranks save
+            process.wait()
+            code = EXIT_INTERRUPTED
     if code == EXIT_INTERRUPTED:
         raise Interrupted(f"{step.name} was stopped; run the same command to continue")
     if code != 0:

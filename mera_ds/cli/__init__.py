@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mera_ds.cli import runs, shards
-from mera_ds.cli.launch import DEFAULT_RUN, guarded, parse_with_overrides, run_folder
+from mera_ds.cli.launch import DEFAULT_RUN, guarded, parse_with_overrides
 from mera_ds.config import profile_names
 
 # Read when torch loads its OpenMP library. Threads that spin while they wait cost a busy machine
@@ -45,28 +45,32 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="make a run from a profile",
         epilog="KEY=VALUE anywhere overrides a setting of the profile, e.g. tune.batch_size=8.",
     )
-    init.add_argument("run", type=run_folder, nargs="?", default=Path(DEFAULT_RUN))
+    init.add_argument("run", type=Path, nargs="?", default=Path(DEFAULT_RUN))
     init.add_argument(
         "--profile", required=True, help=f"{', '.join(profile_names())}, or a YAML file"
     )
     init.add_argument("--method", help="shorthand for the override method=…")
-    init.set_defaults(command=runs.init)
+    init.set_defaults(command=runs.init, overrides=())
 
     plan = commands.add_parser("plan", help="print every step of runs before anything is done")
-    plan.add_argument("runs", type=run_folder, nargs="*", default=[Path(DEFAULT_RUN)])
+    plan.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
     plan.set_defaults(command=runs.plan)
 
-    run = commands.add_parser("run", help="carry out the plans; skip what is done, continue")
-    run.add_argument("runs", type=run_folder, nargs="*", default=[Path(DEFAULT_RUN)])
+    run = commands.add_parser(
+        "run",
+        help="carry out the plans; skip what is done, continue",
+        epilog="execution.KEY=VALUE anywhere overrides how the runs are executed.",
+    )
+    run.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
     run.add_argument("--until", help="stop behind this step, stage or modality")
-    run.set_defaults(command=runs.run)
+    run.set_defaults(command=runs.run, overrides=())
 
     status = commands.add_parser("status", help="what is finished and what is left")
-    status.add_argument("runs", type=run_folder, nargs="*", default=[Path(DEFAULT_RUN)])
+    status.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
     status.set_defaults(command=runs.status)
 
     report = commands.add_parser("report", help="tables and figures of some runs")
-    report.add_argument("runs", type=run_folder, nargs="*", default=[Path(DEFAULT_RUN)])
+    report.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
     report.add_argument("--out", type=Path, help="folder for the files; default <run>/report")
     report.set_defaults(command=runs.report)
 

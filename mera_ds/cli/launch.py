@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mera_ds.config import load_profile
-from mera_ds.errors import InputError, MeraError
+from mera_ds.errors import InputError, Interrupted, MeraError
 from mera_ds.files import folder_lock, remove_temporaries
 from mera_ds.plan import EvaluateStep, MergeStep, TrainStep
 
@@ -17,10 +19,13 @@ if TYPE_CHECKING:  # it needs torch, and `mera-ds --help` must not
     from mera_ds.sequence import Run
 
 DEFAULT_RUN = "runs/default"
+OVERRIDE = re.compile(r"[a-z_]+(\.[\w-]+)*=")
+"""How an argument that changes a setting begins; a folder that does can be written `./a=b`."""
 
 
 def guarded(command: Callable[[], None]) -> int:
     """Run a command; print a `MeraError` as one message and return its exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command()
     except MeraError as error:
@@ -29,8 +34,8 @@ def guarded(command: Callable[[], None]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+        print("error: stopped; run the same command to continue", file=sys.stderr)
+        return Interrupted.exit_code
     return 0
 
 
@@ -41,10 +46,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--run", "--run-folder", type=run_folder, default=Path(DEFAULT_RUN), help="the run's folder"
+        "--run", "--run-folder", type=Path, default=Path(DEFAULT_RUN), help="the run's folder"
     )
     parser.add_argument("--modality", help="which stage of the run")
     parser.add_argument("--profile", help="refuse to work on a run of another profile")
+    parser.set_defaults(overrides=())
     return parser
 
 
@@ -52,19 +58,13 @@ def parse_with_overrides(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
     """Parse arguments, collecting `section.key=value` from anywhere among them."""
-    parsed, rest = parser.parse_known_args(arguments)
-    wrong = [text for text in rest if text.startswith("-") or "=" not in text]
-    if wrong:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    parsed.overrides = rest
+    words = sys.argv[1:] if arguments is None else arguments
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    parsed = parser.parse_args([word for word in words if not OVERRIDE.match(word)])
+    if overrides and not hasattr(parsed, "overrides"):
+        parser.error(f"this command changes no settings: {' '.join(overrides)}")
+    parsed.overrides = overrides
     return parsed
-
-
-def run_folder(text: str) -> Path:
-    """Return the folder of a run; an override in its place is an error."""
-    if "=" in text:
-        raise argparse.ArgumentTypeError(f"name the run before '{text}'")
-    return Path(text)
 
 
 def _open(arguments: argparse.Namespace) -> "Run":
@@ -94,8 +94,8 @@ def _stage_of(run: "Run", modality: str | None) -> str:
 
 @contextmanager
 def _locked(run: "Run") -> Iterator[None]:
-    """Hold the run's lock on the first process of the first node, unless the caller holds it."""
-    if os.environ.get("MERA_RUN_IS_LOCKED") or os.environ.get("RANK", "0") != "0":
+    """Hold the run's lock on the first process of the first node."""
+    if os.environ.get("RANK", "0") != "0":
         yield
         return
     with folder_lock(run.folder):

@@ -45,6 +45,12 @@ class ModalityData:
                     f"correct modalities.{modality}.data"
                 )
             _require_whole_tars(reader)
+        names = [reader.index.dataset for reader in self.readers]
+        if len(set(names)) < len(names):
+            raise InputError(
+                f"modalities.{modality}.data holds two shard sets of one name "
+                f"({', '.join(names)}); samples are known by it, so build one under another name"
+            )
 
     @property
     def fingerprint(self) -> list[str]:

@@ -84,7 +84,8 @@ def load_predictions(path: Path) -> list[Prediction]:
         DataError: naming the line that is not a prediction.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, start=1):  # splitlines() would cut at U+2028, too
         try:
             value = json.loads(line)
             found.append(Prediction(**{**value, "references": tuple(value["references"])}))

@@ -14,14 +14,26 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from mera_ds.checkpoint import write_safetensors
 from mera_ds.errors import DataError, InputError
-from mera_ds.files import committed_folder, read_json, require_space, sha256_file, write_json
+from mera_ds.files import (
+    committed_folder,
+    failpoint,
+    read_json,
+    require_space,
+    sha256_file,
+    write_json,
+)
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "*.safetensors"
+RECORD = "merge.json"
+"""What a merge writes about itself."""
+
+_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf")
+"""Endings of files with weights: those of the previous checkpoint are not those of the merge."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +91,8 @@ def _header(file: Path) -> dict[str, TensorPlace]:
         raise DataError(f"{file} can't be read as safetensors ({error})") from None
 
 
-def differences(previous: Path, tuned: Path) -> list[str]:
-    """Return every difference that forbids averaging two checkpoints; empty if there is none."""
+def differences(previous: Path, tuned: Path, stage: int) -> list[str]:
+    """Return everything that forbids averaging two checkpoints; empty if there is nothing."""
     old, new = tensor_places(previous), tensor_places(tuned)
     found = [f"'{name}' is only in {previous}" for name in sorted(old.keys() - new.keys())]
     found += [f"'{name}' is only in {tuned}" for name in sorted(new.keys() - old.keys())]
@@ -94,6 +106,23 @@ def differences(previous: Path, tuned: Path) -> list[str]:
         if values[0] != values[1]:
             found.append(
                 f"config.json: {fact} is {values[0]} in {previous} and {values[1]} in {tuned}"
+            )
+    return found + _out_of_order(previous, tuned, stage)
+
+
+def _out_of_order(previous: Path, tuned: Path, stage: int) -> list[str]:
+    """Return what the records of earlier merges say against this one."""
+    found = []
+    if (tuned / RECORD).exists():
+        found.append(
+            f"{tuned} is the result of a merge ({RECORD}), not a model that was tuned after one"
+        )
+    if (previous / RECORD).exists():
+        merged = read_json(previous / RECORD).get("stage")
+        if merged != stage - 1:
+            found.append(
+                f"{previous} is the merge of stage {merged} ({RECORD}), so the next is stage "
+                f"{merged + 1}, not {stage}"
             )
     return found
 
@@ -121,15 +150,16 @@ def merge_checkpoints(
         shard_size: most bytes per output file.
 
     Raises:
-        InputError: if the checkpoints don't fit together (all differences are listed), the stage
-            is not positive, or the output exists.
+        InputError: if the checkpoints don't fit together or are not in order (all reasons are
+            listed), the stage is not positive, or the output exists.
+        DataError: if a file can't be read, or a merged tensor is not finite.
         ResourceError: if the disk is too small.
     """
     if stage < 1:
         raise InputError(f"--stage is {stage}; stages count from 1")
     if output.exists():
         raise InputError(f"{output} exists; delete it or choose another --out")
-    found = differences(previous, tuned)
+    found = differences(previous, tuned, stage)
     if found:
         raise InputError("the checkpoints can't be merged:\n  " + "\n  ".join(found))
     places = tensor_places(previous)
@@ -144,7 +174,8 @@ def merge_checkpoints(
                 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             )
             merged = dict(_averages(names, places, tensor_places(tuned), stage))
-            save_file(merged, str(folder / file), metadata={"format": "pt"})
+            write_safetensors(folder / file, merged, metadata={"format": "pt"})
+            failpoint("merge.after_file")
             weight_map.update(dict.fromkeys(names, file))
         _complete(folder, previous, tuned, stage, weight_map, places)
     return output
@@ -173,7 +204,13 @@ def _averages(
             safe_open(str(old[name].file), framework="pt") as old_file,
             safe_open(str(new[name].file), framework="pt") as new_file,
         ):
-            merged = average(old_file.get_tensor(name), new_file.get_tensor(name), stage)
+            before = old_file.get_tensor(name)
+            merged = average(before, new_file.get_tensor(name), stage)
+        if merged is not before and not bool(torch.isfinite(merged).all()):
+            raise DataError(
+                f"the average of '{name}' is not finite; look at {old[name].file} and "
+                f"{new[name].file}"
+            )
         yield name, merged.contiguous()
 
 
@@ -187,8 +224,7 @@ def _complete(
 ) -> None:
     """Add configuration, tokenizer, index and provenance."""
     for source in sorted(previous.iterdir()):
-        is_weights = source.suffix == ".safetensors" or source.name == INDEX
-        if source.is_file() and not is_weights:
+        if source.is_file() and not source.name.endswith(_NOT_COPIED):
             shutil.copyfile(source, folder / source.name)
     if len(set(weight_map.values())) > 1:
         total = sum(place.size for place in places.values())
@@ -199,4 +235,4 @@ def _complete(
         for name, source in (("previous", previous), ("tuned", tuned))
     }
     facts = {"method": "cumulative moving average", "stage": stage, "inputs": inputs}
-    write_json(folder / "merge.json", facts)
+    write_json(folder / RECORD, facts)

@@ -12,7 +12,7 @@ from mera_ds.checkpoint import Manifest, load_delta
 from mera_ds.config import BackboneConfig
 from mera_ds.errors import InputError
 from mera_ds.log import logger
-from mera_ds.model.lora import fold_delta
+from mera_ds.model.lora import WeightedDelta, fold_deltas
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -66,5 +66,8 @@ def _attention(config: BackboneConfig) -> str:
 
 def fold_lineage(llm: PreTrainedModel, product: Path, manifest: Manifest) -> None:
     """Add the product's deltas to the base weights: θ = θ_base + Σ c_i Δ_i, in stage order."""
-    for entry in manifest.lineage:
-        fold_delta(llm, load_delta(product, entry), entry.weight, str(product / entry.file))
+    deltas = [
+        WeightedDelta(load_delta(product, entry), entry.weight, str(product / entry.file))
+        for entry in manifest.lineage
+    ]
+    fold_deltas(llm, deltas)

@@ -4,7 +4,8 @@ A delta file holds `<module>.lora_A` (r, in) and `<module>.lora_B` (out, r) per 
 update of that layer's weight is  weight · B A  (paper: θ_tuned − θ_{i−1}).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -57,33 +58,57 @@ def lora_parameters(llm: nn.Module) -> dict[str, nn.Parameter]:
     return factors
 
 
+@dataclass(frozen=True)
+class WeightedDelta:
+    """One stage's factors, and what their product counts."""
+
+    tensors: Mapping[str, Tensor]
+    weight: float
+    """Coefficient × alpha / rank."""
+    where: str
+    """Name of the delta, for messages."""
+
+
 @torch.no_grad()
-def fold_delta(
-    llm: PreTrainedModel, tensors: Mapping[str, Tensor], weight: float, where: str
-) -> None:
-    """Add  weight · B A  to each linear layer, in fp32, rounding once to the layer's dtype.
+def fold_deltas(llm: PreTrainedModel, deltas: Sequence[WeightedDelta]) -> None:
+    """Add  Σ weight · B A  to each linear layer, in fp32, rounding once to the layer's dtype.
 
     Args:
         llm: the backbone, without LoRA attached.
-        tensors: the delta's factors.
-        weight: coefficient × alpha / rank.
-        where: name of the delta, for messages.
+        deltas: in the order of the stages.
 
     Raises:
-        DataError: if the delta names other layers or shapes than the backbone has.
+        DataError: if a delta names other layers or shapes than the backbone has.
     """
     layers = linear_layers(llm)
-    names = {name.rpartition(".")[0] for name in tensors}
+    for delta in deltas:
+        _require_fit(delta, layers)
+    for name, layer in layers.items():
+        total = layer.weight.float()
+        for delta in deltas:
+            if f"{name}.lora_A" in delta.tensors:
+                factor_a, factor_b = _factors(delta, name)
+                total = torch.addmm(total, factor_b.float(), factor_a.float(), alpha=delta.weight)
+        layer.weight.copy_(total)
+
+
+def _require_fit(delta: WeightedDelta, layers: Mapping[str, nn.Linear]) -> None:
+    names = {name.rpartition(".")[0] for name in delta.tensors}
     unknown = sorted(names - layers.keys())
     if unknown:
-        raise DataError(f"{where} changes '{unknown[0]}', which the backbone does not have")
+        raise DataError(f"{delta.where} changes '{unknown[0]}', which the backbone does not have")
     for name in sorted(names):
-        factor_a, factor_b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
-        target = layers[name].weight
-        if (factor_b.shape[0], factor_a.shape[1]) != tuple(target.shape):
+        factor_a, factor_b = _factors(delta, name)
+        fitting = (factor_b.shape[0], factor_a.shape[1]) == tuple(layers[name].weight.shape)
+        if not fitting or factor_b.shape[1] != factor_a.shape[0]:
             raise DataError(
-                f"{where}: '{name}' is {factor_b.shape[0]}×{factor_a.shape[1]}, "
-                f"the backbone's layer {tuple(target.shape)}"
+                f"{delta.where}: the factors of '{name}' are {tuple(factor_b.shape)} and "
+                f"{tuple(factor_a.shape)}, the backbone's layer {tuple(layers[name].weight.shape)}"
             )
-        update = torch.addmm(target.float(), factor_b.float(), factor_a.float(), alpha=weight)
-        target.copy_(update)
+
+
+def _factors(delta: WeightedDelta, name: str) -> tuple[Tensor, Tensor]:
+    try:
+        return delta.tensors[f"{name}.lora_A"], delta.tensors[f"{name}.lora_B"]
+    except KeyError as missing:
+        raise DataError(f"{delta.where} has no tensor {missing}") from None

@@ -30,7 +30,6 @@ from mera_ds.distributed import World
 from mera_ds.errors import InputError, NumericError
 from mera_ds.files import read_json
 from mera_ds.model.mllm import MultimodalLM
-from mera_ds.plan import LORA
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -268,11 +267,8 @@ def _initialize(
         raise InputError(
             "backbone.dtype=fp16 can't be trained on this machine's processor; use bf16 or fp32"
         )
-    rates = {name: learning_rate(phase, name) for name in sets}
-    groups = [
-        {"params": list(entry.values()), "lr": rates[name], "name": name}
-        for name, entry in sets.items()
-    ]
+    # The rates are set at every step.
+    groups = [{"params": list(entry.values()), "name": name} for name, entry in sets.items()]
     optimizer = torch.optim.AdamW(
         groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=phase.weight_decay
     )
@@ -283,15 +279,6 @@ def _initialize(
         dist_init_required=False,
     )
     return engine
-
-
-def learning_rate(phase: PhaseConfig, set_name: str) -> float:
-    """Return a trainable set's peak learning rate."""
-    if set_name != LORA:
-        return phase.lr_connector
-    if phase.lr_backbone is None:
-        raise InputError("this phase trains the backbone but its lr_backbone is not set")
-    return phase.lr_backbone
 
 
 def engine_config(execution: ExecutionConfig, dtype: Dtype, clip: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ tokens of the global batch, run this rank's micro-batches, step, log, and now an
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from mera_ds.errors import Interrupted, NumericError
 from mera_ds.files import failpoint
 from mera_ds.log import Metrics, format_duration, logger
 from mera_ds.model.build import seed_everything
-from mera_ds.train.engine import Engine, learning_rate
+from mera_ds.train.engine import Engine
 from mera_ds.train.schedule import learning_rate_factor
 from mera_ds.train.state import Progress, load_checkpoint, save_checkpoint
 
@@ -33,11 +33,12 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase to train: its name, settings, sets, and where and as what it is saved."""
+    """One phase to train: its name, settings, rates, and where and as what it is saved."""
 
     name: str
     settings: PhaseConfig
-    sets: tuple[str, ...]
+    rates: Mapping[str, float]
+    """Peak learning rate per trainable set."""
     folder: Path
     key: str
     seed: int
@@ -143,7 +144,7 @@ def _accumulate(engine: Engine, batches: Sequence[Batch], tokens: int) -> float:
 
 def _rates(phase: Phase, step: int, total: int) -> dict[str, float]:
     factor = learning_rate_factor(phase.settings, step, total)
-    return {name: factor * learning_rate(phase.settings, name) for name in phase.sets}
+    return {name: factor * rate for name, rate in phase.rates.items()}
 
 
 def _report_nonfinite(

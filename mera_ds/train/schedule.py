@@ -1,8 +1,32 @@
 """The learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 from mera_ds.config import PhaseConfig
+from mera_ds.errors import InputError
+from mera_ds.plan import LORA
+
+
+def peak_rates(
+    phase: PhaseConfig, sets: Sequence[str], scales: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the peak learning rate of each trainable set.
+
+    Args:
+        phase: gives `lr_connector` and `lr_backbone`.
+        sets: names of the trainable sets.
+        scales: factors of single sets; 1 where there is none.
+
+    Raises:
+        InputError: if the backbone trains but has no rate.
+    """
+    if LORA in sets and phase.lr_backbone is None:
+        raise InputError("this phase trains the backbone, but its lr_backbone is not set")
+    rates = {name: phase.lr_connector for name in sets}
+    if phase.lr_backbone is not None and LORA in sets:
+        rates[LORA] = phase.lr_backbone
+    return {name: rate * scales.get(name, 1.0) for name, rate in rates.items()}
 
 
 def learning_rate_factor(phase: PhaseConfig, step: int, total: int) -> float:

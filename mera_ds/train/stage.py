@@ -25,6 +25,7 @@ from mera_ds.model.trainable import set_trainable
 from mera_ds.plan import LORA, DataPart, Plan, TrainStep, connector_set
 from mera_ds.train.engine import Engine
 from mera_ds.train.loop import Phase, train_phase
+from mera_ds.train.schedule import peak_rates
 from mera_ds.train.state import remove_checkpoints
 
 FIT_MEDIA = 512
@@ -77,7 +78,8 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
     sets = set_trainable(model, step.trainable)
     folder = run / Path(step.output).parent / step.phase
     engine = Engine(model, sets, settings, config.execution, config.backbone.dtype, world)
-    phase = Phase(step.name, settings, tuple(sets), folder, key, config.seed)
+    rates = peak_rates(settings, step.trainable, _rate_scales(config))
+    phase = Phase(step.name, settings, rates, folder, key, config.seed)
     try:
         with Metrics(run, world.is_main) as metrics:
             train_phase(engine, loader, phase, config.execution, world, metrics)
@@ -134,6 +136,10 @@ def _mixture_part(
         [data.length(unit) for unit in units],
         [data.unit_id(unit) for unit in units],
     )
+
+
+def _rate_scales(config: RunConfig) -> dict[str, float]:
+    return {connector_set(name): entry.lr_scale for name, entry in config.modalities.items()}
 
 
 def _loader_settings(config: RunConfig, phase: PhaseConfig, world: World) -> LoaderSettings:

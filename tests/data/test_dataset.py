@@ -148,6 +148,13 @@ class TestFaults:
         ):
             ModalityData("audio", folders, "train")
 
+    def test_two_datasets_of_one_name_are_refused(
+        self, folders: list[Path], tmp_path: Path
+    ) -> None:
+        other = write(tmp_path / "other", "few", sample("k1", QUESTION, media=picture("green")))
+        with pytest.raises(InputError, match=r"two shard sets of one name \(many, few, few\)"):
+            ModalityData("image", [*folders, other], "train")
+
     def test_a_missing_split_is_named(self, folders: list[Path]) -> None:
         with pytest.raises(InputError, match="many/test"):
             ModalityData("image", folders, "test")

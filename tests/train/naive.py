@@ -1,11 +1,13 @@
-"""Two connectors under plain DeepSpeed, called in the ways that one would try first.
+"""Plain DeepSpeed, used in the ways that one would try first.
 
-Each form is right without DeepSpeed. What DeepSpeed makes of it is the reason for how
-`MultimodalLM.forward` calls its connectors.
+Two connectors of which a micro-batch needs one: each form of calling them is right without
+DeepSpeed, and what it makes of them is the reason for how `MultimodalLM.forward` calls its own. And
+Adam's first step in half precision, the reason why the engine refuses ZeRO 0 there.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,24 +88,10 @@ FORMS: dict[str, Callable[[TwoConnectors, str, Tensor], Tensor]] = {
 def largest_error(trial: Trial, zero: int) -> float:
     """Train under DeepSpeed on these ranks; return the largest error of a parameter."""
     world = prepare()
-    prepare_environment()
-    import deepspeed
-
     with process_group(world, timeout_seconds=10):
         model = TwoConnectors(trial.form, trial.width_b)
         parameters = list(model.parameters())
-        engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=torch.optim.SGD(parameters, lr=RATE),
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": 0.0,
-                "zero_allow_untested_optimizer": True,
-                "zero_optimization": {"stage": zero},
-            },
-            dist_init_required=False,
-        )
+        engine = _initialize(model, torch.optim.SGD(parameters, lr=RATE), zero)
         for number, step in enumerate(trial.steps):
             for place, micro in enumerate(step):
                 engine.set_gradient_accumulation_boundary(place == len(step) - 1)
@@ -113,6 +101,39 @@ def largest_error(trial: Trial, zero: int) -> float:
         found = [_full(parameter, zero) for parameter in parameters]
         expected = _exact(trial, world.size)
         return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+def first_adam_step(zero: int) -> float:
+    """Return the size of Adam's first step in bf16, in units of the learning rate; it must be 1."""
+    world = prepare()
+    with process_group(world, timeout_seconds=10):
+        model = nn.Linear(WIDTH, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+        engine = _initialize(model, optimizer, zero, bf16={"enabled": True})
+        engine.backward(engine(torch.ones(1, WIDTH, dtype=torch.bfloat16)).sum())
+        engine.step()
+        return float(model.weight.detach().abs().mean()) / RATE
+
+
+def _initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, zero: int, **settings: Any
+) -> Any:
+    prepare_environment()
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": zero},
+        **settings,
+    }
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config, dist_init_required=False
+    )
+    return engine
 
 
 def _full(parameter: nn.Parameter, zero: int) -> Tensor:

@@ -39,6 +39,7 @@ from mera_ds.model.trainable import set_trainable
 from mera_ds.plan import LORA, connector_set
 from mera_ds.train.engine import Engine
 from mera_ds.train.loop import Phase, train_phase
+from mera_ds.train.schedule import peak_rates
 
 Array = npt.NDArray[np.float32]
 Sets = Mapping[str, Mapping[str, nn.Parameter]]
@@ -219,7 +220,7 @@ def train(task: Task, world: World, folder: Path) -> Trained:
     folder.mkdir(parents=True, exist_ok=True)
     loader = build_loader(task, world)
     with trainee(task, world) as (engine, start):
-        phase = Phase("test", task.settings, task.sets, folder, "key", seed=0)
+        phase = Phase("test", task.settings, peak_rates(task.settings, task.sets, {}), folder, "key", 0)
         messages = _Messages()
         logger.addHandler(messages)
         try:
@@ -372,7 +373,7 @@ def worst_moment(found: Trained, expected: Trained) -> float:
     """Return the largest error of a moment tensor, relative to its largest entry."""
     assert found.moments.keys() == expected.moments.keys()
     errors = {
-        name: float(np.abs(found.moments[name] - tensor).max() / np.abs(tensor).max())
+        name: float(np.abs(found.moments[name] - tensor).max() / (np.abs(tensor).max() or 1.0))
         for name, tensor in expected.moments.items()
         if meaningful(name)
     }

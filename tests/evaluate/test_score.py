@@ -1,0 +1,232 @@
+"""From predictions to results: the figures, and the rows that the report reads."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mera_ds.checkpoint import write_product
+from mera_ds.config import EvaluateConfig, load_config
+from mera_ds.distributed import World
+from mera_ds.errors import InputError
+from mera_ds.evaluate.generate import Prediction, load_predictions, save_predictions
+from mera_ds.evaluate.judge import OfflineJudge
+from mera_ds.evaluate.run import evaluation_is_finished, run_evaluate_step
+from mera_ds.evaluate.score import make_judge, score_captions, score_questions
+from mera_ds.identity import base_sha256
+from mera_ds.model.build import build_encoders, build_model
+from mera_ds.plan import EvaluateStep, load_plan
+from mera_ds.report.results import Score, read_runs
+
+RAW = EvaluateConfig(tokenizer="raw")
+ALONE = World(rank=0, size=1, local_rank=0)
+
+
+def captions(*texts: str) -> list[Prediction]:
+    """Return predictions beside the references of three media."""
+    references = [("a red cat sleeps", "the red cat"), ("two dogs run fast",), ("a blue bird",)]
+    return [
+        Prediction(f"set/{number}#0", "", entry, text)
+        for number, (entry, text) in enumerate(zip(references, texts, strict=True))
+    ]
+
+
+def answers(*texts: str) -> list[Prediction]:
+    references = [("cat", "a cat"), ("dog",), ("2",), ("here",)]
+    return [
+        Prediction(f"set/{number}#0", "What?", entry, text)
+        for number, (entry, text) in enumerate(zip(references, texts, strict=True))
+    ]
+
+
+class TestCaptions:
+    def test_better_captions_score_higher(self) -> None:
+        right = score_captions(
+            captions("a red cat sleeps", "two dogs run fast", "a blue bird"), RAW
+        )
+        near = score_captions(captions("a red cat", "two dogs sleep", "a blue bird"), RAW)
+        wrong = score_captions(captions("x", "y", "z"), RAW)
+        assert right["score"] > near["score"] > wrong["score"] == 0
+
+    def test_the_row_says_how_it_was_measured(self) -> None:
+        found = score_captions(captions("a", "b", "c"), RAW)
+        assert found.pop("score") >= 0
+        assert len(found.pop("references_sha256")) == 64
+        assert found == {
+            "metric": "cider",
+            "count": 3,
+            "missing": 0,
+            "judge": None,
+            "tokenizer": "raw",
+        }
+
+    def test_the_hash_is_that_of_the_references_alone(self) -> None:
+        one, other = (score_captions(captions(*texts), RAW) for texts in ("abc", "def"))
+        assert one["references_sha256"] == other["references_sha256"]
+        changed = captions(*"abc")
+        changed[0] = dataclasses.replace(changed[0], references=("something else",))
+        assert score_captions(changed, RAW)["references_sha256"] != one["references_sha256"]
+
+
+class TestQuestions:
+    @pytest.mark.parametrize(
+        ("texts", "score"),
+        [
+            (("cat", "dog", "two", "here"), 1.0),
+            (("A cat.", "Dog", "2", "there"), 0.75),
+            (("", "", "", ""), 0.0),
+        ],
+    )
+    def test_accuracy_is_the_share_of_right_answers(
+        self, texts: tuple[str, ...], score: float
+    ) -> None:
+        found = score_questions(answers(*texts), RAW)
+        assert len(found.pop("references_sha256")) == 64
+        assert found == {
+            "metric": "accuracy",
+            "score": score,
+            "count": 4,
+            "missing": 0,
+            "judge": "offline-exact",
+            "tokenizer": None,
+        }
+
+    def test_the_configured_judge_judges(self, tmp_path: Path) -> None:
+        config = EvaluateConfig(judge="offline-containment")
+        assert make_judge(config, tmp_path) == OfflineJudge("offline-containment")
+        said = answers("it is a cat", "no", "no", "no")
+        assert score_questions(said, config)["score"] == 0.25
+        assert score_questions(said, RAW)["score"] == 0.0
+
+    def test_prices_are_a_pair(self, tmp_path: Path) -> None:
+        config = EvaluateConfig(judge="openai", judge_prices=(1.0,))
+        with pytest.raises(InputError, match=r"judge_prices must be \[input, output\]"):
+            make_judge(config, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def evaluated(make_tiny_run: Callable[..., Path]) -> Path:
+    """Return a run whose first two stages have models (untrained) and were evaluated."""
+    run = make_tiny_run(
+        "method=finetune",
+        "order=[image, audio]",
+        "evaluate={batch_size: 8, max_new_tokens: 6, tokenizer: raw, limit: 6}",
+    )
+    for step in steps(run):
+        make_model(run, step)
+        run_evaluate_step(run, load_config(run), step, ALONE)
+    return run
+
+
+def steps(run: Path) -> list[EvaluateStep]:
+    return [step for step in load_plan(run / "plan.json").steps if isinstance(step, EvaluateStep)]
+
+
+def make_model(run: Path, step: EvaluateStep) -> None:
+    """Write the product that a step evaluates, with fresh connectors."""
+    config = load_config(run)
+    encoders = build_encoders(config, run, step.modalities)
+    model = build_model(config, run, None, step.modalities, encoders)
+    connectors = {name: entry.state_dict() for name, entry in model.connectors.items()}
+    write_product(
+        run / step.start,
+        key=f"model of stage {step.stage}",
+        step=step.name,
+        base_sha256=base_sha256(config, run),
+        previous=None,
+        connectors=connectors,
+    )
+
+
+def predictions(run: Path) -> dict[str, Any]:
+    """Return the files of predictions and when they were written."""
+    files = run.rglob("predictions/*/*.jsonl")
+    return {str(path.relative_to(run)): path.stat().st_mtime_ns for path in files}
+
+
+class TestRun:
+    def test_the_report_reads_the_results(self, evaluated: Path) -> None:
+        (run,) = read_runs([evaluated])
+        expected = {
+            (step.stage, modality, task)
+            for step in steps(evaluated)
+            for modality in step.modalities
+            for task in ("caption", "qa")
+        }
+        assert set(run.scores) == expected
+        for (stage, modality, task), score in run.scores.items():
+            assert (score.stage, score.modality, score.task) == (stage, modality, task)
+            assert (score.method, score.split, score.profile) == ("finetune", "test", "tiny")
+            assert score.stage_modality == ("image", "audio")[stage - 1]
+            assert score.count == 6
+            assert math.isfinite(score.score)
+            assert (score.majority is None) == (task == "caption")
+
+    def test_every_row_has_every_field_and_no_other(self, evaluated: Path) -> None:
+        fields = {entry.name for entry in dataclasses.fields(Score)}
+        for line in (evaluated / "results.jsonl").read_text().splitlines():
+            assert set(json.loads(line)) == fields
+
+    def test_a_question_alone_is_guessed_as_often_as_its_most_frequent_answer(
+        self, evaluated: Path
+    ) -> None:
+        (path,) = evaluated.glob("stages/01-image/evaluation/predictions/*/image-qa.jsonl")
+        said = [entry.references[0] for entry in load_predictions(path)]
+        (run,) = read_runs([evaluated])
+        most = max(said.count(answer) for answer in said)
+        assert run.scores[1, "image", "qa"].majority == most / len(said)
+
+    def test_a_finished_evaluation_is_not_done_again(self, evaluated: Path) -> None:
+        config, step = load_config(evaluated), steps(evaluated)[0]
+        assert evaluation_is_finished(evaluated, config, step)
+        before = predictions(evaluated), (evaluated / "results.jsonl").read_bytes()
+        run_evaluate_step(evaluated, config, step, ALONE)
+        assert (predictions(evaluated), (evaluated / "results.jsonl").read_bytes()) == before
+
+    def test_other_settings_or_another_model_need_a_new_one(self, evaluated: Path) -> None:
+        config, step = load_config(evaluated), steps(evaluated)[0]
+        other = dataclasses.replace(config.evaluate, max_new_tokens=7)
+        changed = dataclasses.replace(config, evaluate=other)
+        assert not evaluation_is_finished(evaluated, changed, step)
+        executed = dataclasses.replace(config.execution, features="online")
+        again = dataclasses.replace(config, execution=executed)
+        assert evaluation_is_finished(evaluated, again, step)
+
+    def test_a_killed_one_goes_on_with_the_stored_predictions(self, evaluated: Path) -> None:
+        config, step = load_config(evaluated), steps(evaluated)[1]
+        results = (evaluated / "results.jsonl").read_bytes()
+        before = predictions(evaluated)
+        (lost,) = evaluated.glob("stages/02-audio/evaluation/predictions/*/audio-qa.jsonl")
+        lost.unlink()
+        (evaluated / step.output / "scores.json").unlink()
+        (evaluated / "results.jsonl").unlink()
+        run_evaluate_step(evaluated, config, step, ALONE)
+        assert (evaluated / "results.jsonl").read_bytes() == results
+        after = predictions(evaluated)
+        changed = {name for name in before if after[name] != before[name]}
+        assert changed == {str(lost.relative_to(evaluated))}
+
+    def test_scores_can_be_computed_again_from_the_predictions_alone(self, evaluated: Path) -> None:
+        config, step = load_config(evaluated), steps(evaluated)[0]
+        (path,) = evaluated.glob("stages/01-image/evaluation/predictions/*/image-qa.jsonl")
+        original = path.read_bytes()
+        right = [dataclasses.replace(p, prediction=p.references[0]) for p in load_predictions(path)]
+        save_predictions(path, right)
+        (evaluated / step.output / "scores.json").unlink()
+        run_evaluate_step(evaluated, config, step, ALONE)
+        (run,) = read_runs([evaluated])
+        assert run.scores[1, "image", "qa"].score == 1.0
+        path.write_bytes(original)
+        (evaluated / step.output / "scores.json").unlink()
+        run_evaluate_step(evaluated, config, step, ALONE)
+
+    def test_a_model_that_is_not_finished_is_named(
+        self, evaluated: Path, make_tiny_run: Callable[..., Path]
+    ) -> None:
+        run = make_tiny_run("method=finetune")
+        with pytest.raises(InputError, match=r"01-image/model holds no finished model"):
+            run_evaluate_step(run, load_config(run), steps(run)[0], ALONE)
