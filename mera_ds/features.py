@@ -9,7 +9,7 @@ the fingerprints of the shard set and of the encoder, so features never outlive 
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mera_ds.batch import pad_features
@@ -18,6 +18,7 @@ from mera_ds.config import RunConfig, cache_folder
 from mera_ds.data.dataset import ModalityData, UnitReader, UnitRef
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World, gather
+from mera_ds.errors import DataError
 from mera_ds.files import committed_folder
 from mera_ds.identity import data_folders
 from mera_ds.log import logger
@@ -101,8 +102,14 @@ class FeatureStore:
 
     def _open(self, path: Path) -> tuple[Tensor, Tensor]:
         if path not in self._files:
-            with safe_open(str(path), framework="pt") as file:
-                self._files[path] = (file.get_tensor("values"), file.get_tensor("lengths"))
+            try:
+                with safe_open(str(path), framework="pt") as file:
+                    self._files[path] = (file.get_tensor("values"), file.get_tensor("lengths"))
+            except (SafetensorError, OSError) as error:
+                raise DataError(
+                    f"the features {path} can't be read ({error}); delete {path.parent} and they "
+                    "are computed again"
+                ) from None
         return self._files[path]
 
     @torch.no_grad()

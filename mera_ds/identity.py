@@ -17,6 +17,8 @@ from mera_ds.files import sha256_json
 from mera_ds.plan import LORA, MergeStep, Plan, Step, TrainStep
 from mera_ds.shards.format import read_index
 
+_TOKENIZER_FILES = ("*token*.json", "chat_template*", "vocab*", "merges.txt", "*.model")
+
 
 def hash_memory() -> Path:
     """Return the file in which hashes of large files are remembered."""
@@ -66,11 +68,20 @@ def _training_facts(config: RunConfig, run: Path, step: TrainStep) -> dict[str, 
         "data": [asdict(part) for part in step.data],
         "seed": config.seed,
         "base": base_sha256(config, run),
+        "tokenizer": _tokenizer_sha256(resolve_path(config.backbone.path, run)),
         "dtype": config.backbone.dtype,
         "prompt": dump(config.prompt),
         "lora": dump(config.lora) if LORA in step.trainable else None,
         "components": {name: _component_facts(config, run, name) for name in modalities},
     }
+
+
+def _tokenizer_sha256(backbone: Path) -> str:
+    """Return the hash of the files that turn texts into tokens, the chat template among them."""
+    files = {path for pattern in _TOKENIZER_FILES for path in backbone.glob(pattern)}
+    return sha256_json(
+        {path.name: remembered_sha256(path, hash_memory()) for path in sorted(files)}
+    )
 
 
 def _component_facts(config: RunConfig, run: Path, modality: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Carrying out a plan: skip what is finished, share what another run has made, launch the rest."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from mera_ds.checkpoint import is_finished, read_manifest
 from mera_ds.config import REPOSITORY, RunConfig, load_config
@@ -27,12 +30,14 @@ class Run:
     folder: Path
     config: RunConfig
     plan: Plan
+    overrides: tuple[str, ...]
+    """`execution.key=value`, applied to `config` already; launched steps are given them too."""
 
 
 def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
     """Read a run's configuration and plan."""
     config = load_config(folder, overrides)
-    return Run(folder, config, load_plan(folder / "plan.json"))
+    return Run(folder, config, load_plan(folder / "plan.json"), tuple(overrides))
 
 
 def step_is_finished(run: Run, step: Step) -> bool:
@@ -41,9 +46,9 @@ def step_is_finished(run: Run, step: Step) -> bool:
     Raises:
         InputError: if it was made from something else.
     """
-    from mera_ds.evaluate.run import evaluation_is_finished
-
     if isinstance(step, EvaluateStep):
+        from mera_ds.evaluate.run import evaluation_is_finished
+
         return evaluation_is_finished(run.folder, run.config, step)
     if not (run.folder / step.output / "manifest.json").exists():
         return False
@@ -168,7 +173,8 @@ def _carry_out(
 def _launch(run: Run, step: Step) -> None:
     """Start a training step under torchrun or deepspeed and pass on how it ended.
 
-    The step's first rank takes the run's lock, so that ranks which outlive this process keep it.
+    The step's first rank takes the run's lock, so that ranks keep it which outlive this process
+    and their launcher (torchrun's do when both are killed).
     """
     script = "realign.py" if isinstance(step, TrainStep) and step.phase == "realign" else "stage.py"
     execution = run.config.execution
@@ -181,6 +187,7 @@ def _launch(run: Run, step: Step) -> None:
         step.modality,
         "--step",
         step.name,
+        *run.overrides,
     ]
     environment = {
         name: value
@@ -191,7 +198,7 @@ def _launch(run: Run, step: Step) -> None:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            process.terminate()  # the launchers pass it on, and the ranks save
+            _stop(process.pid, execution.launcher)
             process.wait()
             code = EXIT_INTERRUPTED
     if code == EXIT_INTERRUPTED:
@@ -201,6 +208,16 @@ def _launch(run: Run, step: Step) -> None:
             f"{step.name} ended with exit status {code}; see the lines above, then run the same "
             "command again to continue"
         )
+
+
+def _stop(launcher: int, name: str) -> None:
+    """Ask a launcher to stop its ranks, which save first."""
+    process = psutil.Process(launcher)
+    # The command deepspeed doesn't pass signals on; the process that it starts does.
+    children = process.children() if name == "deepspeed" else []
+    for receiver in children or [process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            receiver.terminate()
 
 
 def _launcher_command(launcher: str, processes: int) -> list[str]:

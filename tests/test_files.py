@@ -53,6 +53,19 @@ def python(code: str, *arguments: object, failpoint: str = "") -> "subprocess.Po
     )
 
 
+def wait_for_the_lock(folder: Path) -> None:
+    """Take a lock that is about to be released; fail if it is not."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            with folder_lock(folder):
+                return
+        except LockedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a disk of 256 KB."""
@@ -258,6 +271,19 @@ class TestLock:
         holder.wait()
         with folder_lock(tmp_path):
             assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+    def test_a_program_that_works_for_a_killed_process_keeps_it(self, tmp_path: Path) -> None:
+        code = "import subprocess\nwith folder_lock(Path(sys.argv[1])):\n"
+        code += "    child = subprocess.Popen(['sleep', '60'], close_fds=False)\n"
+        code += "    print(child.pid, flush=True)\n    child.wait()"
+        with python(code, tmp_path) as process:
+            assert process.stdout is not None
+            worker = int(process.stdout.readline())
+            process.kill()
+        with pytest.raises(LockedError), folder_lock(tmp_path):
+            pytest.fail("the program still works on the folder")
+        os.kill(worker, signal.SIGKILL)
+        wait_for_the_lock(tmp_path)
 
     def test_it_is_released_at_the_end_and_after_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="inside"), folder_lock(tmp_path):

@@ -29,12 +29,14 @@ def guarded(command: Callable[[], None]) -> int:
     try:
         command()
     except MeraError as error:
-        # All ranks meet the same bad input; once is enough. Other errors may be one rank's own.
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):
+        # All ranks meet bad input and a request to stop; once is enough.
+        common = isinstance(error, InputError | Interrupted)
+        if os.environ.get("RANK", "0") == "0" or not common:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: stopped; run the same command to continue", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("error: stopped; run the same command to continue", file=sys.stderr)
         return Interrupted.exit_code
     return 0
 

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mera_ds.config import RunConfig, load_profile, resolve_path, save_config
+from mera_ds.config import (
+    RunConfig,
+    load_profile,
+    parse,
+    require_known,
+    resolve_path,
+    save_config,
+)
 from mera_ds.errors import InputError, MeraError
 from mera_ds.log import set_up_console
 from mera_ds.methods import make_plan
@@ -30,12 +37,27 @@ def init(arguments: argparse.Namespace) -> None:
         overrides.append(f"method={arguments.method}")
     config = load_profile(arguments.profile, overrides)
     plan = make_plan(config)
+    _check_components(config)
     if config.build is not None:
         _build_inside(config, folder)
     save_plan(plan, folder / "plan.json")
     save_config(config, folder / "config.yaml")
     print(f"{folder}: {config.profile}, {plan.method}, {' → '.join(config.order)}")
     print(f"next: mera-ds plan {folder}; mera-ds run {folder}")
+
+
+def _check_components(config: RunConfig) -> None:
+    """Refuse an unknown encoder, connector or option now, not when its stage comes."""
+    from mera_ds.model.connectors import CONNECTORS
+    from mera_ds.model.encoders import ENCODERS
+
+    for name, modality in config.modalities.items():
+        encoder, connector = modality.encoder, modality.connector
+        where = f"modalities.{name}"
+        require_known(encoder.kind, ENCODERS, f"{where}.encoder: kind")
+        parse(ENCODERS[encoder.kind].Options, encoder.options, f"{where}.encoder.options")
+        require_known(connector.kind, CONNECTORS, f"{where}.connector: kind")
+        parse(CONNECTORS[connector.kind].Options, connector.options, f"{where}.connector.options")
 
 
 def _build_inside(config: RunConfig, folder: Path) -> None:

@@ -10,6 +10,8 @@ from mera_ds.files import committed_folder, read_json, require_space, write_json
 from mera_ds.log import logger
 from mera_ds.train.engine import EngineState
 
+PATTERN = "step-??????"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -75,10 +77,10 @@ def load_checkpoint(folder: Path, key: str) -> tuple[Progress, EngineState] | No
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove a finished phase's checkpoints."""
-    for path in _checkpoints(folder):
+    """Remove a finished phase's checkpoints, also those whose removal was cut short."""
+    for path in folder.glob(PATTERN):
         shutil.rmtree(path)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-??????") if (path / "state.json").exists())
+    return sorted(path for path in folder.glob(PATTERN) if (path / "state.json").exists())

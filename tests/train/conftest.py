@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from .processes import server
 
@@ -19,6 +20,7 @@ def _process_server(cache: Path) -> Iterator[None]:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
         server()
         multiprocessing.forkserver.ensure_running()
+        torch.set_num_threads(1)
         yield
 
 

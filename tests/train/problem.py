@@ -74,9 +74,7 @@ class Task:
 
     def using(self, **execution: Any) -> "Task":
         """Return the same task with other execution settings."""
-        return dataclasses.replace(
-            self, execution=dataclasses.replace(self.execution, **execution)
-        )
+        return dataclasses.replace(self, execution=dataclasses.replace(self.execution, **execution))
 
     def training(self, **settings: Any) -> "Task":
         """Return the same task with other hyperparameters."""
@@ -172,9 +170,7 @@ def _part(
     prompts = PromptBuilder(config.prompt, tokenizer)
     reader = UnitReader(data, config.modalities[modality], prompts, store.load, encoded=True)
     units = data.units(task.settings.tasks)[: task.units]
-    return MixturePart(
-        reader, units, list(map(data.length, units)), list(map(data.unit_id, units))
-    )
+    return MixturePart(reader, units, list(map(data.length, units)), list(map(data.unit_id, units)))
 
 
 def build_trainee(task: Task) -> tuple[MultimodalLM, Sets]:
@@ -220,7 +216,8 @@ def train(task: Task, world: World, folder: Path) -> Trained:
     folder.mkdir(parents=True, exist_ok=True)
     loader = build_loader(task, world)
     with trainee(task, world) as (engine, start):
-        phase = Phase("test", task.settings, peak_rates(task.settings, task.sets, {}), folder, "key", 0)
+        rates = peak_rates(task.settings, task.sets, {})
+        phase = Phase("test", task.settings, rates, folder, "key", seed=0)
         messages = _Messages()
         logger.addHandler(messages)
         try:
@@ -266,11 +263,12 @@ def allow_fp16() -> None:
     get_accelerator().is_fp16_supported = lambda: True
 
 
-def losses(folder: Path) -> list[float]:
-    """Return the loss of each step from the metrics; of a step done twice, the last."""
+def losses(folder: Path, phase: str | None = None) -> list[float]:
+    """Return the loss of each step of a phase from the metrics; of a step done twice, the last."""
     path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    found = {row["step"]: row["loss"] for row in rows}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    found = {row["step"]: row["loss"] for row in rows if phase in (None, row["name"])}
     return [found[step] for step in sorted(found)]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 10.0
 """How long the other ranks live on when one has failed, as under torchrun."""
 
 
@@ -68,11 +68,16 @@ class Ranks:
             self._connections.append(ours)
             self._processes.append(process)
 
-    def signal(self, number: int) -> None:
-        """Send a signal to every rank that lives."""
-        for process in self._processes:
-            if process.is_alive():
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to every rank that lives, or to one."""
+        for place, process in enumerate(self._processes):
+            if process.is_alive() and rank in (None, place):
                 os.kill(process.pid, number)
+
+    @property
+    def alive(self) -> bool:
+        """Whether any rank lives."""
+        return any(process.is_alive() for process in self._processes)
 
     def log(self, rank: int = 0) -> str:
         """Return what a rank has written so far."""
@@ -83,7 +88,7 @@ class Ranks:
         """Wait until all have ended; end the others when one has failed or the time is up."""
         values: dict[int, Any] = {}
         deadline = time.monotonic() + timeout
-        while any(process.is_alive() for process in self._processes):
+        while self.alive:
             sentinels = [process.sentinel for process in self._processes if process.is_alive()]
             open_ends = [entry for entry in self._connections if not entry.closed]
             wait([*sentinels, *open_ends], max(0.0, min(1.0, deadline - time.monotonic())))

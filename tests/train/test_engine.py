@@ -55,8 +55,8 @@ TASKS: dict[str, Callable[[Path], Task]] = {
     # One connector and LoRA, at different rates; one micro-batch a step.
     "tune": lambda run: Task(run, lora=True),
     # Four connectors, several micro-batches of one sample each; of some a rank has none of its own.
-    "realign": lambda run: Task(run, FOUR).training(batch_size=11, max_steps=3).using(
-        micro_batch_size=1
+    "realign": lambda run: (
+        Task(run, FOUR).training(batch_size=11, max_steps=3).using(micro_batch_size=1)
     ),
     # Nine units: the last batch of an epoch has one sample.
     "uneven": lambda run: Task(run, units=9).training(batch_size=4),
@@ -269,11 +269,6 @@ def test_what_deepspeed_would_do_wrong_is_refused(run: Path) -> None:
     for dtype, message in zip(("bf16", "fp16"), run_ranks(_refusals, 1, tasks)[0], strict=True):
         assert f"execution.zero=0 with backbone.dtype={dtype}" in message
         assert "execution.zero=1" in message
-
-
-def test_a_connector_rate_is_not_used_for_the_backbone(run: Path) -> None:
-    task = Task(run, lora=True).training(lr_backbone=None)
-    assert "lr_backbone is not set" in run_ranks(_refusals, 1, [task])[0][0]
 
 
 def test_fp16_without_the_hardware_is_refused(run: Path) -> None:
