@@ -1,5 +1,6 @@
 """What tests of every folder share: a cache of their own, and runs of the profile `tiny`."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 from mera_ds.config import load_profile, save_config
 from mera_ds.methods import make_plan
 from mera_ds.plan import save_plan
+
+# Before any test module imports torch: many small tests gain nothing from threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MakeRun = Callable[..., Path]
 

@@ -50,6 +50,7 @@ def run_train_step(run: Path, config: RunConfig, plan: Plan, step: TrainStep, wo
         key = product_key(config, run, plan, step)
         if is_finished(run / step.output, key):
             if world.is_main:
+                remove_checkpoints(_checkpoint_folder(run, step))  # if a kill came in between
                 logger.info("%s is finished", step.name)
             return
         _train(run, config, step, key, world)
@@ -76,7 +77,7 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
         fit_connector(model, mixture[step.modality], step.modality)
     model.train()
     sets = set_trainable(model, step.trainable)
-    folder = run / Path(step.output).parent / step.phase
+    folder = _checkpoint_folder(run, step)
     engine = Engine(model, sets, settings, config.execution, config.backbone.dtype, world)
     rates = peak_rates(settings, step.trainable, _rate_scales(config))
     phase = Phase(step.name, settings, rates, folder, key, config.seed)
@@ -93,6 +94,10 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
                 _store_replay_list(folder, config, step.data, mixture)
             _write(run, config, step, key, start, {**trained, **buffers}, fingerprints)
             remove_checkpoints(folder)
+
+
+def _checkpoint_folder(run: Path, step: TrainStep) -> Path:
+    return run / Path(step.output).parent / step.phase
 
 
 @torch.no_grad()

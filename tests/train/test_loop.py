@@ -36,7 +36,7 @@ Contents = dict[str, str]
 
 @pytest.fixture(scope="module")
 def template(make_tiny_run: MakeRun) -> Path:
-    """Return a run that learns sounds first: their connector has dropout, so random numbers count."""
+    """Return a run that begins with sounds: their connector has dropout, and so random numbers."""
     return make_tiny_run(
         "order=[audio, image]",
         f"align.max_steps={STEPS}",
@@ -98,6 +98,13 @@ def _finish(run: Path, *arguments: str, ranks: int = 1) -> str:
 def _kill(run: Path, failpoint: str, *arguments: str, ranks: int = 1) -> None:
     ended = _run(run, *arguments, failpoint=failpoint, ranks=ranks)
     assert -signal.SIGKILL in [end.exit_code for end in ended], ended[0].log
+
+
+def _edit(run: Path, old: bytes, new: bytes) -> None:
+    config = run / "config.yaml"
+    content = config.read_bytes()
+    assert old in content
+    write_bytes(config, content.replace(old, new))
 
 
 QUICK = ("train.step:4", "commit.before_rename:2", "commit.after_rename:3")
@@ -310,15 +317,11 @@ def test_the_real_command_stops_and_continues(launcher: str, long: Path) -> None
 
 def test_a_checkpoint_of_other_settings_is_refused(fresh: Path) -> None:
     _kill(fresh, "train.step:4")
-    config = fresh / "config.yaml"
-    before = config.read_bytes()
-    changed = before.replace(b"lr_connector: 0.003", b"lr_connector: 0.004")
-    assert changed != before
-    write_bytes(config, changed)
+    _edit(fresh, b"lr_connector: 0.003", b"lr_connector: 0.004")
     (refused,) = _run(fresh)
     assert refused.exit_code == InputError.exit_code
     assert "step-000002 was made with other data, settings or weights" in refused.log
-    write_bytes(config, before)
+    _edit(fresh, b"lr_connector: 0.004", b"lr_connector: 0.003")
     _finish(fresh)
 
 
