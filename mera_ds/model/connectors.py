@@ -134,10 +134,15 @@ class Connector(nn.Module):
         self.feature_dim = feature_dim
         self.norm = NORMS[options.norm](feature_dim)
 
-    def fit(self, values: Tensor) -> None:
-        """Take the channels' statistics from features (M, D_encoder), if the options ask for it."""
+    def fit(self, values: Tensor, mask: Tensor) -> None:
+        """Prepare a fresh connector for real features, if the option `norm: data` asks for it.
+
+        Args:
+            values: features of training media (M, N, D_encoder).
+            mask: (M, N) bool, True on real feature tokens.
+        """
         if isinstance(self.norm, ChannelNorm):
-            self.norm.fit(values)
+            self.norm.fit(values[mask])
 
     def num_tokens(self, n_features: int) -> int:
         """Return K for N = `n_features`."""
@@ -238,7 +243,30 @@ class QFormerConnector(Connector):
         if weights is not None:
             load_bert(self.qformer, weights)
         self.project = nn.Linear(options.hidden, llm_dim)
+        self.offsets = nn.Parameter(torch.zeros(options.num_queries, llm_dim))
+        self._output_rms = options.output_rms
         self._scale_output(self.project, options.output_rms)
+
+    @torch.no_grad()
+    def fit(self, values: Tensor, mask: Tensor) -> None:
+        """Fit the norm, then take what all media have in common off the tokens.
+
+        Fresh queries hardly differ between media: nine tenths of a token is constant, and a
+        language model behind it sees one and the same medium. With the constant taken off and the
+        rest scaled to `output_rms`, learning starts at once.
+        """
+        super().fit(values, mask)
+        if not isinstance(self.norm, ChannelNorm) or self._output_rms is None:
+            return
+        training = self.training
+        self.eval()
+        tokens_MKD = self(values, mask)
+        self.train(training)
+        mean_KD = tokens_MKD.mean(dim=0)
+        factor = self._output_rms / (tokens_MKD - mean_KD).square().mean().sqrt()
+        self.project.weight.mul_(factor)
+        self.project.bias.mul_(factor)
+        self.offsets.copy_(-factor * mean_KD)
 
     def num_tokens(self, n_features: int) -> int:
         """One token per query, however many features there are."""
@@ -257,7 +285,7 @@ class QFormerConnector(Connector):
             encoder_hidden_states=self.norm(values),
             encoder_attention_mask=visible,
         ).last_hidden_state
-        tokens: Tensor = self.project(hidden)
+        tokens: Tensor = self.project(hidden) + self.offsets
         return tokens
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mera_ds.batch import pad_features
 from mera_ds.checkpoint import NewDelta, is_finished, write_product
 from mera_ds.config import PhaseConfig, RunConfig, resolve_path
 from mera_ds.data.dataset import TRAIN, ModalityData, UnitReader
@@ -105,14 +106,15 @@ def fit_connector(model: MultimodalLM, part: MixturePart, modality: str) -> None
     """Give a fresh connector the statistics of its training features (the first media's)."""
     media = {(unit.reader, unit.medium): unit for unit in part.units}
     units = list(media.values())[:FIT_MEDIA]
-    rows = []
+    rows: list[Tensor] = []
     for start in range(0, len(units), ENCODE_BATCH):
         samples = [part.reader.read(unit) for unit in units[start : start + ENCODE_BATCH]]
         features = model.encode(samples)
-        rows.append(features.values[features.mask].float())
+        rows += [row[real] for row, real in zip(features.values, features.mask, strict=True)]
     connector = model.connectors[modality]
     assert isinstance(connector, Connector)
-    connector.fit(torch.cat(rows).to(model.device))
+    features = pad_features(rows).to(model.device, torch.float32)
+    connector.fit(features.values, features.mask)
 
 
 def connector_buffers(model: MultimodalLM) -> dict[str, Tensor]:

@@ -232,9 +232,20 @@ def test_data_norm_standardises_the_channels_and_is_stored_with_the_connector() 
     torch.manual_seed(0)
     features = 5.0 + 3.0 * torch.randn(200, 8) * torch.arange(1, 9)
     connector = build_connector("mlp", {"norm": "data"}, 8, 16)
-    connector.fit(features)
+    connector.fit(features[None], torch.ones(1, 200, dtype=torch.bool))
     normal = connector.norm(features)
     assert torch.allclose(normal.mean(dim=0), torch.zeros(8), atol=1e-5)
     assert torch.allclose(normal.std(dim=0, unbiased=False), torch.ones(8), atol=1e-5)
     assert {"norm.mean", "norm.deviation"} <= connector.state_dict().keys()
     assert not any(name.startswith("norm.") for name, _ in connector.named_parameters())
+
+
+def test_data_norm_takes_the_common_part_off_the_tokens_of_a_qformer() -> None:
+    torch.manual_seed(0)
+    options = SMALL_QFORMER | {"norm": "data", "output_rms": 0.2}
+    connector = build_connector("qformer", options, 8, 16).eval()
+    features, mask = torch.randn(64, 5, 8) + 3.0, torch.ones(64, 5, dtype=torch.bool)
+    connector.fit(features, mask)
+    tokens = connector(features, mask)
+    assert torch.allclose(tokens.mean(dim=0), torch.zeros(tokens.shape[1:]), atol=1e-5)
+    assert abs(float(tokens.square().mean().sqrt()) - 0.2) < 1e-4
