@@ -5,7 +5,10 @@ resuming at step s, on any number of ranks and workers, asks for step s. Worker 
 whole steps in parallel.
 """
 
+import ctypes
 import hashlib
+import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +25,9 @@ from mera_ds.data.order import (
     steps_per_epoch,
 )
 from mera_ds.errors import InputError
+
+PR_SET_PDEATHSIG = 1
+"""From Linux' prctl.h."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ class StepLoader(torch.utils.data.Dataset[list[Batch]]):
             sampler=steps,
             num_workers=self._settings.workers,
             multiprocessing_context="fork" if self._settings.workers else None,
+            worker_init_fn=_end_with_the_trainer,
         )
         yield from zip(steps, loader, strict=True)
 
@@ -118,3 +125,12 @@ class StepLoader(torch.utils.data.Dataset[list[Batch]]):
         part = self._mixture[micro.modality]
         samples = tuple(part.reader.read(part.units[unit]) for unit in micro.units)
         return Batch(samples, micro.counted)
+
+
+def _end_with_the_trainer(worker: int) -> None:
+    """Let this loader process be killed when the process that trains is.
+
+    It would live on for seconds and hold the run's lock, so that the command could not be repeated.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
