@@ -1,6 +1,6 @@
 # Everything sets itself up: Python 3.11, git and make are enough.
 #
-#   make demo    the main job on real data: four modalities, MERA beside fine-tuning (< 30 min)
+#   make demo    the main job on real data: four modalities, MERA beside fine-tuning
 #   make test    all tests
 #   make check   lint, types and the fast tests
 

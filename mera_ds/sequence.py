@@ -59,6 +59,8 @@ def step_is_finished(run: Run, step: Step) -> bool:
 
 def execute_step(run: Run, step: Step, world: World) -> None:
     """Carry out one step in this process (all ranks of a training step call it)."""
+    # It refuses missing data, weights and products before the seconds of imports that follow.
+    product_key(run.config, run.folder, run.plan, step)
     if isinstance(step, TrainStep):
         from mera_ds.train.stage import run_train_step
 

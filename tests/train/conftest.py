@@ -17,7 +17,7 @@ def _process_server(cache: Path) -> Iterator[None]:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setenv("DS_ACCELERATOR", "cpu")
         patch.setenv("DEEPSPEED_LOG_LEVEL", "error")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]) + ":/tmp/ov")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
         server()
         multiprocessing.forkserver.ensure_running()
         torch.set_num_threads(1)

@@ -225,7 +225,7 @@ def test_half_precision_stays_close_to_plain_torch(
     results = _train(run, tmp_path, ranks, cases)
     for name in cases:
         found = _result(results, name)
-        assert len(found.skipped) <= (1 if dtype == "fp16" else 0)
+        assert len(found.skipped) <= (2 if dtype == "fp16" else 0)
         expected = train_plainly(TASKS[name.partition("-")[0]](run), found.skipped)
         assert worst_loss(found, expected) < HALF_LOSS[dtype]
         assert whole_change(found, expected) < HALF_CHANGE[dtype]
