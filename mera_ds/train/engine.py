@@ -316,4 +316,5 @@ def prepare_environment() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Given before DeepSpeed asks: finding it out would run a compiler.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}

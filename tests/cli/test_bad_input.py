@@ -139,6 +139,7 @@ class TestRuns:
         assert f"{fresh / name}" in message
         assert expected in message
 
+    @pytest.mark.slow
     def test_a_second_process(self, fresh: Path, refused: Refused) -> None:
         """It ends at once, and the first one doesn't notice."""
         first = start(f"mera-ds run {fresh} --until 01-image/align", fresh)
@@ -171,10 +172,6 @@ class TestSettings:
             ("order=[image,image]", "order names a modality twice"),
             ("method=merra", "method 'merra' is unknown; did you mean 'mera'?"),
             ("modalities.image.encoder.kind=tiny-imag", "did you mean 'tiny-image'?"),
-            (
-                "modalities.image.encoder.options.sed=1",
-                "key 'sed' is unknown; did you mean 'seed'?",
-            ),
             ("modalities.audio.connector.options.querries=1", "did you mean 'num_queries'?"),
         ],
     )
@@ -215,6 +212,7 @@ class TestSettings:
         assert "this command changes no settings: execution.zero=3" in ended.errors
 
 
+@pytest.mark.slow
 class TestData:
     def test_truncated_tar(self, fresh: Path, refused: Refused) -> None:
         tar = fresh / "data/image/train/00000.tar"
@@ -259,6 +257,7 @@ class TestData:
         assert f"delete {fresh}/stages/01-image/align to start this phase anew" in message
 
 
+@pytest.mark.slow
 class TestProducts:
     def test_damaged_delta(self, merged: Path, refused: Refused) -> None:
         shutil.rmtree(merged / "stages/02-video")
@@ -331,8 +330,7 @@ def fill_names(disk: Path) -> None:
 
 @pytest.mark.slow
 class TestFullDisk:
-    @pytest.mark.parametrize("fill", [fill_space, fill_names])
-    @pytest.mark.parametrize("save_every", [3, 1000])
+    @pytest.mark.parametrize(("fill", "save_every"), [(fill_space, 3), (fill_names, 1000)])
     def test_earlier_checkpoints_stay_and_training_continues(
         self,
         fill: Callable[[Path], None],
