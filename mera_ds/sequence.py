@@ -107,13 +107,15 @@ def share_product(run: Run, step: Step, others: Sequence[Path]) -> bool:
         return False
     key = product_key(run.config, run.folder, run.plan, step)
     for other in others:
-        source = other / step.output
-        if other == run.folder or not (source / "manifest.json").exists():
+        if other == run.folder:
             continue
-        if read_manifest(source).key == key:
+        for manifest in sorted(other.glob("stages/*/*/manifest.json")):
+            if read_manifest(manifest.parent).key != key:
+                continue
             with committed_folder(run.folder / step.output) as folder:
-                for path in sorted(entry for entry in source.rglob("*") if entry.is_file()):
-                    link_or_copy(path, folder / path.relative_to(source))
+                for path in sorted(manifest.parent.rglob("*")):
+                    if path.is_file():
+                        link_or_copy(path, folder / path.relative_to(manifest.parent))
             logger.info("%s: the same as in %s, taken from there", step.name, other)
             return True
     return False

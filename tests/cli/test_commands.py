@@ -64,11 +64,11 @@ class TestLaunchedSteps:
             for child in psutil.Process(process.pid).children(recursive=True)
             if "launch/stage.py" in " ".join(child.cmdline()) and "-m" not in child.cmdline()
         ]
-        os.killpg(process.pid, signal.SIGKILL)
-        finish(process)
         assert len(ranks) == 2
         for rank in ranks:
             rank.suspend()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         first = int((long / ".lock").read_text(encoding="utf-8"))
         assert first in [rank.pid for rank in ranks]
         ended = run(f"mera-ds run {long}", long)
@@ -153,7 +153,7 @@ class TestShards:
     @pytest.mark.parametrize(
         ("command", "expected"),
         [
-            ("build tyni --out out", "unknown recipe 'tyni'; did you mean 'tiny'?"),
+            ("build tinny --out out", "unknown recipe 'tinny'; did you mean 'tiny'?"),
             ("build tiny --source nowhere --out out", "--source nowhere is not a folder"),
             ("lint nowhere", "nowhere holds no shard set"),
             ("preview nowhere", "nowhere holds no shard set"),
