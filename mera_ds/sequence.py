@@ -15,7 +15,7 @@ from mera_ds.checkpoint import is_finished, read_manifest
 from mera_ds.config import REPOSITORY, RunConfig, load_config
 from mera_ds.distributed import World, ensure_launcher_variables, process_group
 from mera_ds.errors import InputError, Interrupted, MeraError
-from mera_ds.files import committed_folder, folder_lock, link_or_copy, remove_temporaries
+from mera_ds.files import TEMPORARY, committed_folder, folder_lock, link_or_copy, remove_temporaries
 from mera_ds.identity import product_key
 from mera_ds.log import format_duration, logger
 from mera_ds.plan import EvaluateStep, MergeStep, Plan, Step, TrainStep, load_plan
@@ -106,19 +106,20 @@ def share_product(run: Run, step: Step, others: Sequence[Path]) -> bool:
     if isinstance(step, EvaluateStep) or (run.folder / step.output).exists():
         return False
     key = product_key(run.config, run.folder, run.plan, step)
-    for other in others:
-        if other == run.folder:
-            continue
-        for manifest in sorted(other.glob("stages/*/*/manifest.json")):
-            if read_manifest(manifest.parent).key != key:
-                continue
-            with committed_folder(run.folder / step.output) as folder:
-                for path in sorted(manifest.parent.rglob("*")):
-                    if path.is_file():
-                        link_or_copy(path, folder / path.relative_to(manifest.parent))
-            logger.info("%s: the same as in %s, taken from there", step.name, other)
-            return True
-    return False
+    products = (entry for other in others if other != run.folder for entry in _products(other))
+    source = next((entry for entry in products if read_manifest(entry).key == key), None)
+    if source is None:
+        return False
+    with committed_folder(run.folder / step.output) as folder:
+        for path in sorted(entry for entry in source.rglob("*") if entry.is_file()):
+            link_or_copy(path, folder / path.relative_to(source))
+    logger.info("%s: the same as %s, taken from there", step.name, source)
+    return True
+
+
+def _products(run: Path) -> list[Path]:
+    folders = [manifest.parent for manifest in sorted(run.glob("stages/*/*/manifest.json"))]
+    return [folder for folder in folders if TEMPORARY not in folder.name]
 
 
 def run_plans(runs: Sequence[Run], until: str | None = None) -> None:

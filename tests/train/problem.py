@@ -71,6 +71,8 @@ class Task:
     """How many units of each modality there are."""
     poisoned: tuple[int, ...] = ()
     """Steps whose global batch has a sample with features that are not a number."""
+    loss_scale: float | None = None
+    """Where fp16's search for a loss scale begins; None: where the engine says."""
 
     def using(self, **execution: Any) -> "Task":
         """Return the same task with other execution settings."""
@@ -236,6 +238,8 @@ def trainee(task: Task, world: World) -> Iterator[tuple[Engine, dict[str, Array]
     model, sets = build_trainee(task)
     start = {name: _array(parameter) for name, parameter in _named(sets).items()}
     engine = Engine(model, sets, task.settings, task.execution, task.dtype, world)
+    if task.loss_scale is not None:
+        engine._engine.optimizer.loss_scaler.cur_scale = task.loss_scale
     try:
         yield engine, start
     finally:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from mera_ds.config import ExecutionConfig
+from mera_ds.config import REPOSITORY, ExecutionConfig
 from mera_ds.distributed import World, process_group
 from mera_ds.errors import InputError
 from mera_ds.train.engine import Engine, engine_config
@@ -201,17 +201,20 @@ def test_every_task_and_stage_trains_as_plain_torch(
 
 
 @pytest.mark.slow
-def test_zero_3_with_every_parameter_partitioned(run: Path, tmp_path: Path, plain: Plain) -> None:
-    """The tiny model's parameters are all below the size from which the default cuts them."""
+def test_other_engine_settings_train_the_same(run: Path, tmp_path: Path, plain: Plain) -> None:
+    """Offloading; and cutting all parameters, for which the tiny ones are too small by default."""
     settings = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
-    path = tmp_path / "cut.json"
-    path.write_text(json.dumps({"zero_optimization": settings}))
+    cut = tmp_path / "cut.json"
+    cut.write_text(json.dumps({"zero_optimization": settings}))
+    files = {2: REPOSITORY / "ds_configs" / "zero2-offload.json", 3: cut}
     cases = {
-        name: TASKS[name](run).using(zero=3, ds_config=str(path)) for name in ("tune", "realign")
+        f"{name}-zero{zero}": TASKS[name](run).using(zero=zero, ds_config=str(path))
+        for name in ("tune", "realign")
+        for zero, path in files.items()
     }
     results = _train(run, tmp_path, 2, cases)
     for name in cases:
-        _assert_exact(_result(results, name), plain(name))
+        _assert_exact(_result(results, name), plain(name.partition("-")[0]))
 
 
 @pytest.mark.slow

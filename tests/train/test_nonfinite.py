@@ -1,6 +1,5 @@
 """A sample that is not a number: its step is skipped, counted and named; weights never see it."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from mera_ds.cli.launch import train_stage
-from mera_ds.distributed import World, process_group
+from mera_ds.distributed import World
 from mera_ds.errors import NumericError
 from mera_ds.files import read_json
 
@@ -18,10 +17,8 @@ from .problem import (
     Task,
     Trained,
     build_loader,
-    prepare,
     train_all,
     train_plainly,
-    trainee,
     whole_change,
     worst_moment,
 )
@@ -108,38 +105,21 @@ def test_too_many_end_the_command(make_tiny_run: Any) -> None:
     assert ended.exit_code == 0, ended.log
 
 
-def _search_scale(task: Task) -> dict[str, Any]:
-    """Take steps from far too high a loss scale, then poisoned ones at the lowest.
-
-    Of each step: whether it was applied, and whether it was skipped for the scale alone.
-    """
-    world = prepare()
-    facts: dict[str, Any] = {"finite": []}
-    with process_group(world, timeout_seconds=60), trainee(task, world) as (engine, _):
-        scaler = engine._engine.optimizer.loss_scaler
-        rates = dict.fromkeys(task.sets, 1e-3)
-
-        def step(loader: PoisonedLoader) -> tuple[bool, bool]:
-            (batch,) = loader[0]
-            loss = engine.backward(batch, batch.supervised_tokens, last=True)
-            applied = engine.step(rates)
-            return applied, not applied and engine.only_lowered_scale(loss)
-
-        scaler.cur_scale = 2.0**30
-        healthy = build_loader(dataclasses.replace(task, poisoned=()), world)
-        while not facts["finite"] or not facts["finite"][-1][0]:
-            facts["finite"].append(step(healthy))
-        scaler.cur_scale = scaler.min_scale
-        poisoned = build_loader(dataclasses.replace(task, poisoned=(0,)), world)
-        facts["poisoned"] = [step(poisoned) for _ in range(4)]
-        facts["after"] = step(healthy)[0]
-    return facts
-
-
-def test_the_search_for_a_loss_scale_is_no_fault(run: Path) -> None:
+def test_the_search_for_a_loss_scale_is_no_fault(run: Path, tmp_path: Path) -> None:
     """Otherwise each rise of the scale, every 1000 steps, would use up the budget."""
-    (facts,) = run_ranks(_search_scale, 1, Task(run, dtype="fp16"))
-    assert len(facts["finite"]) > 5
-    assert facts["finite"] == [(False, True)] * (len(facts["finite"]) - 1) + [(True, False)]
-    assert facts["poisoned"] == [(False, False)] * 4
-    assert facts["after"]
+    task = Task(run, dtype="fp16", loss_scale=2.0**24).training(max_steps=14)
+    task = task.using(max_nonfinite_steps=0, save_every=2)
+    found = run_ranks(train_all, 1, {"search": task}, tmp_path)[0]["search"]
+    assert isinstance(found, Trained), found
+    assert 4 < len(found.skipped) < 12
+    assert not any("not finite" in line for line in found.log)
+    assert read_json(tmp_path / "search" / "step-000012" / "state.json")["nonfinite_steps"] == 0
+
+
+def test_poison_at_the_lowest_loss_scale_is_counted(run: Path, tmp_path: Path) -> None:
+    """DeepSpeed would end with an error of its own there."""
+    task = Task(run, dtype="fp16", loss_scale=1.0, poisoned=(0, 1, 2, 3))
+    found = run_ranks(train_all, 1, {"lowest": task}, tmp_path)[0]["lowest"]
+    assert isinstance(found, Trained), found
+    assert found.skipped == [0, 1, 2, 3]
+    assert sum("not finite" in line for line in found.log) == 4
