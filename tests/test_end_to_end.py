@@ -6,7 +6,6 @@ The runs, and the report that compares them, are made with the commands that the
 import json
 import random
 import resource
-import shutil
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.commands import Ended, finish, readme_block, run, start, succeed, wait_for, workplace
+from cli.commands import Ended, finish, readme_block, start, succeed, wait_for, workplace
 
 from mera_ds.checkpoint import Manifest, read_manifest
 from mera_ds.files import sha256_file
@@ -297,20 +296,22 @@ class TestStopping:
         succeed("mera-ds init stopped --profile tiny", tmp_path)
         folder = tmp_path / "stopped"
         command = "mera-ds run stopped --until video execution.save_every=1"
-        ended = self.stop(command, signal.SIGTERM, folder / "stages/01-image/tune/step-000004")
+        step = folder / "stages/01-image/tune/step-000004"
+        ended = self.stop(command, tmp_path, signal.SIGTERM, step)
         assert "stopping at the end of this step" in ended.errors
         assert ended.message.startswith("01-image/tune: stopped at step ")
         assert ended.message.endswith(" of 30, saved; run the same command to continue")
-        ended = self.stop(command, signal.SIGINT, folder / "stages/01-image/evaluation/predictions")
+        predictions = folder / "stages/01-image/evaluation/predictions"
+        ended = self.stop(command, tmp_path, signal.SIGINT, predictions)
         assert "continuing from stopped/stages/01-image/tune/step-0000" in ended.errors
         assert ended.message == "stopped; run the same command to continue"
         succeed(command, tmp_path)
         self.assert_undisturbed(folder, runs["mera"])
 
-    def stop(self, command: str, number: signal.Signals, at: Path) -> Ended:
+    def stop(self, command: str, place: Path, number: signal.Signals, at: Path) -> Ended:
         """Start a command, send it a signal when a file is there, and return how it ended."""
-        process = start(command, at.parents[3])
-        wait_for(at, process)
+        process = start(command, place)
+        wait_for(at.exists, process)
         process.send_signal(number)
         ended = finish(process, command)
         assert ended.status == 143, ended
@@ -321,9 +322,12 @@ def kill_in_work(place: Path, log: Path, seconds: float) -> bool:
     """Kill a run some time after it has begun to work; return False if it ended before."""
     command = f"mera-ds run killed --until video execution.save_every=3 2> {log}"
     process = start(command, place, {"MERA_CACHE": str(place / "cache")})
-    wait_for(log, process)
-    while process.poll() is None and "── killed" not in log.read_text(encoding="utf-8"):
-        pass
+
+    def at_work_or_done() -> bool:
+        return process.poll() is not None or "── killed" in log.read_text(encoding="utf-8")
+
+    wait_for(log.exists, process)
+    wait_for(at_work_or_done, process)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:

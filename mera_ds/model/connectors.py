@@ -113,7 +113,8 @@ class ChannelNorm(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return (values - self.mean) / self.deviation
+        normal = (values.float() - self.mean.float()) / self.deviation.float()
+        return normal.to(values.dtype)  # the engine may leave buffers in fp32
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {

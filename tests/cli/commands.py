@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +93,14 @@ def workplace(folder: Path) -> Path:
     return folder
 
 
-def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 120.0) -> None:
-    """Wait until a running command has made a file."""
+def wait_for(
+    condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 120.0
+) -> None:
+    """Wait until something is true of what a running command has written."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline, f"{path} did not appear"
+    while not condition():
+        assert process.poll() is None or condition(), finish(process)
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 

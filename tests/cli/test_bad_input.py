@@ -124,10 +124,8 @@ class TestRuns:
         ("name", "content", "expected"),
         [
             ("config.yaml", "order: [image", "is not valid YAML"),
-            ("config.yaml", "- image", "must hold a mapping of settings"),
             ("config.yaml", "profile: tiny", "missing key 'order'; add it"),
             ("plan.json", '{"schema": 1', "is not valid JSON"),
-            ("plan.json", "[]", "expected a mapping"),
             ("plan.json", "{}", "missing key"),
         ],
     )
@@ -143,7 +141,7 @@ class TestRuns:
     def test_a_second_process(self, fresh: Path, refused: Refused) -> None:
         """It ends at once, and the first one doesn't notice."""
         first = start(f"mera-ds run {fresh} --until 01-image/align", fresh)
-        wait_for(fresh / "stages", first)
+        wait_for((fresh / "stages").exists, first)
         os.kill(first.pid, signal.SIGSTOP)
         for command in (
             f"mera-ds run {fresh}",
@@ -193,7 +191,7 @@ class TestSettings:
 
     @pytest.mark.parametrize(
         "command",
-        ["mera-ds run {} {}", "mera-ds run {1} {0}", "python launch/score.py --run {} {}"],
+        ["mera-ds run {1} {0}", "python launch/score.py --run {0} {1}"],
     )
     def test_in_an_existing_run(self, command: str, fresh: Path, refused: Refused) -> None:
         message = refused(command.format(fresh, "tune.batch_size=8"), 2, fresh)

@@ -15,7 +15,7 @@ from mera_ds.features import FILE
 
 from .commands import finish, run, start, succeed, wait_for
 
-STEPS = 60
+STEPS = 40
 LONG = ("order=[image,video]", f"align.max_steps={STEPS}")
 """Settings of a run whose first step takes long enough to be stopped."""
 
@@ -38,7 +38,7 @@ class TestLaunchedSteps:
             "execution.processes=2 execution.save_every=1"
         )
         process = start(command, long)
-        wait_for(long / "stages/01-image/align/step-000002", process)
+        wait_for((long / "stages/01-image/align/step-000002").exists, process)
         started = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
         ended = finish(process, command)
@@ -58,7 +58,7 @@ class TestLaunchedSteps:
         """Killed with torchrun, the command leaves the ranks, which have sessions of their own."""
         command = f"mera-ds run {long} --until 01-image/align execution.launcher=torchrun"
         process = start(f"{command} execution.processes=2 execution.save_every=1", long)
-        wait_for(long / "stages/01-image/align/step-000002", process)
+        wait_for((long / "stages/01-image/align/step-000002").exists, process)
         ranks = [
             child
             for child in psutil.Process(process.pid).children(recursive=True)
@@ -69,15 +69,18 @@ class TestLaunchedSteps:
             rank.suspend()
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        first = int((long / ".lock").read_text(encoding="utf-8"))
-        assert first in [rank.pid for rank in ranks]
+        first = (long / ".lock").read_text(encoding="utf-8")
         ended = run(f"mera-ds run {long}", long)
-        assert ended.status == 6, ended
-        assert ended.message == f"{long} is in use by process {first}; wait for it or stop it"
         for rank in ranks:
             rank.terminate()
             rank.resume()
-        assert psutil.wait_procs(ranks, timeout=60)[1] == []
+        alive = psutil.wait_procs(ranks, timeout=60)[1]
+        for rank in alive:
+            rank.kill()
+        assert ended.status == 6, ended
+        assert ended.message == f"{long} is in use by process {first}; wait for it or stop it"
+        assert int(first) in [rank.pid for rank in ranks]
+        assert alive == []
         assert len(saved(long)) == 2
 
 
@@ -98,21 +101,18 @@ def test_two_runs_at_once_share_an_empty_cache(
     assert not list(tmp_path.rglob("*.partial-*"))
 
 
-class TestInit:
-    def test_overrides_may_stand_anywhere(self, tmp_path: Path) -> None:
-        succeed("mera-ds init replay.percent=1 --profile tiny order=[audio,image] r", tmp_path)
-        config = load_config(tmp_path / "r")
-        assert (config.replay.percent, config.order) == (1.0, ("audio", "image"))
-
-    def test_a_profile_of_ones_own(self, merged_template: Path, tmp_path: Path) -> None:
-        """The configuration of a run is a profile, too."""
-        text = (merged_template / "config.yaml").read_text(encoding="utf-8")
-        (tmp_path / "mine.yaml").write_text(text.replace("profile: tiny", "profile: mine"))
-        ended = succeed("mera-ds init --profile mine.yaml --method finetune", tmp_path)
-        assert "runs/default: mine, finetune, image → video" in ended.output
-        assert load_config(tmp_path / "runs/default").align.max_steps == 9
+@pytest.mark.slow
+def test_a_profile_of_ones_own(merged_template: Path, tmp_path: Path) -> None:
+    """The configuration of a run is a profile, too; settings may stand anywhere."""
+    text = (merged_template / "config.yaml").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text.replace("profile: tiny", "profile: mine"))
+    command = "mera-ds init replay.percent=1 --profile mine.yaml order=[video] --method finetune r"
+    assert "r: mine, finetune, video" in succeed(command, tmp_path).output
+    config = load_config(tmp_path / "r")
+    assert (config.replay.percent, config.align.max_steps) == (1.0, 9)
 
 
+@pytest.mark.slow
 def test_status_of_an_interrupted_run(merged_template: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(merged_template, tmp_path / "run"))
     (folder / "stages/02-video/realign/step-000003").mkdir(parents=True)
