@@ -44,7 +44,7 @@ def lint(arguments: argparse.Namespace) -> None:
 
 def _decoder(folder: Path) -> Callable[[str, bytes, str], Any]:
     """Return a decoder that asks the index for the modality when it is first needed."""
-    from mera_ds.data.decode import decode
+    from mera_ds.media import decode
     from mera_ds.shards.format import read_index
 
     @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mera_ds.batch import Sample
 from mera_ds.config import ModalityConfig
-from mera_ds.data.decode import decode
+from mera_ds.media import decode
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.errors import DataError, InputError
 from mera_ds.shards.format import Text
