@@ -78,14 +78,25 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     group = commands.add_parser("shards", help="build, check and look at shard sets")
     kinds = group.add_subparsers(required=True, metavar="COMMAND")
-    build = kinds.add_parser("build", help="build shard sets from a dataset's own files")
+    build = kinds.add_parser(
+        "build",
+        help="build shard sets from a dataset's own files",
+        epilog="KEY=VALUE anywhere sets an option of the recipe; shards/README.md lists them.",
+    )
     build.add_argument("name", help="the recipe")
     build.add_argument("--source", type=Path, help="folder of the dataset's files")
     build.add_argument("--out", type=Path, required=True)
-    build.set_defaults(command=shards.build)
+    build.add_argument(
+        "--workers",
+        type=int,
+        default=shards.usable_cores(),
+        help="processes that check and convert media (default: %(default)s); 0: this one",
+    )
+    build.set_defaults(command=shards.build, overrides=())
 
     lint = kinds.add_parser("lint", help="prove shard sets sound")
     lint.add_argument("folders", type=Path, nargs="+", help="shard folders, at any depth")
+    lint.add_argument("--run", type=Path, help="also check that every text fits into this run")
     lint.set_defaults(command=shards.lint)
 
     preview = kinds.add_parser("preview", help="show samples")

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,19 @@ def build(arguments: argparse.Namespace) -> None:
     """Build a recipe's shard sets."""
     from mera_ds import recipes
 
-    recipes.build(arguments.name, arguments.source, arguments.out, print)
+    recipes.build(
+        arguments.name,
+        arguments.source,
+        arguments.out,
+        print,
+        arguments.overrides,
+        arguments.workers,
+    )
+
+
+def usable_cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def lint(arguments: argparse.Namespace) -> None:

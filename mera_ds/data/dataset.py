@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mera_ds.batch import Sample
 from mera_ds.config import ModalityConfig
-from mera_ds.media import decode
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.errors import DataError, InputError
+from mera_ds.media import decode
 from mera_ds.shards.format import Text
 from mera_ds.shards.reader import ShardReader
 

@@ -13,7 +13,6 @@ import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
-from PIL import Image
 
 from mera_ds.media.errors import Unusable
 from mera_ds.media.image import on_white, open_image, pillow_errors, require_image_size
@@ -94,7 +93,7 @@ def _container_frames(content: bytes, container: str, wanted: int | None) -> Fra
     count = len(keys)
     chosen = _kept_frames(count, width * height, wanted)
     if all(keys):
-        clip = [frame for _, frame in _decode_packets(content, container, set(chosen))]
+        clip = _decode_packets(content, container, set(chosen))
         if len(clip) == len(chosen):
             return _stack(clip, len(chosen))
     decoded, clip = _decode_in_order(content, container, set(chosen))
@@ -123,18 +122,17 @@ def _key_packets(source: InputContainer) -> list[bool]:
     return keys
 
 
-def _decode_packets(content: bytes, container: str, chosen: set[int]) -> Iterator[tuple[int, Frame]]:
+def _decode_packets(content: bytes, container: str, chosen: set[int]) -> list[Frame]:
     """Decode only the chosen packets, each of which is a key frame."""
+    clip = []
     with _open(content, container) as source:
         context = source.streams.video[0].codec_context
         packets = (packet for packet in source.demux(video=0) if packet.size > 0)
-        numbers = iter(sorted(chosen))
         for number, packet in enumerate(packets):
             if number in chosen:
-                for frame in context.decode(packet):
-                    yield next(numbers, number), _pixels(frame)
-        for frame in context.decode(None):
-            yield next(numbers, -1), _pixels(frame)
+                clip += [_pixels(frame) for frame in context.decode(packet)]
+        clip += [_pixels(frame) for frame in context.decode(None)]
+    return clip
 
 
 def _decode_in_order(content: bytes, container: str, chosen: set[int]) -> tuple[int, list[Frame]]:

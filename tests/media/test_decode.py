@@ -11,9 +11,9 @@ import soundfile
 from numpy.typing import NDArray
 from PIL import Image
 
+from mera_ds.errors import DataError, InputError
 from mera_ds.media import decode
 from mera_ds.media.audio import MAX_AUDIO_SECONDS
-from mera_ds.errors import DataError, InputError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 import mera_ds
 from mera_ds import recipes
-from mera_ds.media import decode
 from mera_ds.errors import InputError
+from mera_ds.media import decode
 from mera_ds.recipes import tiny
 from mera_ds.shards.lint import lint
 from mera_ds.shards.reader import ShardReader

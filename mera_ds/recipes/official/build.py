@@ -1,52 +1,66 @@
 """From a dataset's rows to its shard folders: media checked, duplicates joined, splits written."""
 
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mera_ds.errors import DataError, InputError
-from mera_ds.files import folder_lock, remove_temporaries, sha256_json, write_bytes
+from mera_ds.files import folder_lock, remove_temporaries, sha256_json
 from mera_ds.recipes import Log
-from mera_ds.recipes.official.contents import Contents, Dataset, Item, group_rows, options_json
+from mera_ds.recipes.official.contents import Dataset, Item
 from mera_ds.recipes.official.prepare import Checked, Task, Workshop, check_media
-from mera_ds.recipes.official.sources import MediaFile, SourceFolder
-from mera_ds.shards.format import INDEX_NAME, TASKS, read_index
+from mera_ds.recipes.official.sources import SourceFolder
+from mera_ds.recipes.official.splits import (
+    Sound,
+    Split,
+    find_media,
+    left_out_lines,
+    require_share,
+    sound_splits,
+)
+from mera_ds.shards.format import ShardIndex, read_index
 from mera_ds.shards.lint import verify
-from mera_ds.shards.rules import IDS_FILE, LEFT_OUT_FILE
-from mera_ds.shards.writer import RawSample, write_shards
+from mera_ds.shards.rules import IDS_FILE, LEFT_OUT_FILE, id_lines, texts_per_medium
+from mera_ds.shards.writer import DEFAULT_SHARD_BYTES, RawSample, write_shards
 
 SPLITS = ("train", "test")
 SCRATCH = ".prepared"
-_SHOWN = 10
+_READERS = 8
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class _Split:
-    """The media of a split, and those that it lacks."""
+class _Media:
+    """All media of a dataset after the check, by key."""
 
-    name: str
-    items: Sequence[Item]
-    files: Mapping[str, MediaFile]
-    """Key -> file of those that are there."""
+    tasks: Mapping[str, Task]
+    checked: Mapping[str, Checked]
+    workshop: Workshop
 
-
-@dataclass(frozen=True)
-class _Ready:
-    """A split after the check."""
-
-    items: Sequence[Item]
-    left_out: Mapping[str, str]
-    """Name of a medium -> why it isn't there."""
-    joined: int
-    """Media that were the same as another one of the split; their texts went to that one."""
+    def read(self, item: Item) -> RawSample:
+        """Return a medium with its texts, as it is stored."""
+        checked = self.checked[item.key]
+        return RawSample(
+            key=item.key,
+            extension=checked.extension,
+            media=self.workshop.read(self.tasks[item.key], checked),
+            concept=item.key,
+            source=item.source,
+            texts=item.texts,
+        )
 
 
 def build_dataset(
-    dataset: Dataset, source: Path | None, out: Path, log: Log, options: Any, workers: int
+    dataset: Dataset,
+    source: Path | None,
+    out: Path,
+    log: Log,
+    options: Any,
+    workers: int,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> list[Path]:
     """Write `<out>/<dataset>/{train,test}` from the official files in `source`.
 
@@ -63,44 +77,38 @@ def build_dataset(
         )
     folder = SourceFolder(source, dataset.name)
     contents = dataset.read(folder, options)
-    facts = {
+    splits = [find_media(contents, name) for name in SPLITS]
+    facts: dict[str, Any] = {
         "name": dataset.name,
         "version": dataset.version,
-        "options": options_json(options),
+        "options": dict(vars(options)),
         "annotations": folder.hashes(),
         "dropped": dict(sorted(contents.dropped.items())),
     }
-    splits = [_find_media(contents, name) for name in SPLITS]
     facts["inputs_sha256"] = _inputs_hash(facts, splits)
     folders = [out / dataset.name / name for name in SPLITS]
-    if _is_complete(folders, facts["inputs_sha256"]):
+    scratch = out / dataset.name / SCRATCH
+    if not scratch.exists() and _is_complete(folders, facts["inputs_sha256"]):
         log(f"{out / dataset.name}: complete, of just these files and options")
         return folders
-    scratch = out / dataset.name / SCRATCH
     for split in splits:
-        _require_share(split, _missing(split), options.tolerance, scratch)
+        require_share(split, split.missing, options.tolerance, scratch)
     with folder_lock(scratch):
         remove_temporaries(scratch)
-        ready = _check(contents, splits, scratch, options.tolerance, workers)
-        for split, writable, target in zip(splits, ready, folders, strict=True):
-            _write(dataset, split.name, writable, facts, target, workers)
-            _report(target, writable, log)
+        workshop = Workshop.for_conversion(scratch, contents.conversion)
+        tasks = _tasks(splits)
+        log(f"{dataset.name}: checking {len(tasks)} media")
+        media = _Media(tasks, check_media(list(tasks.values()), workshop, workers), workshop)
+        sound = sound_splits(splits, media.checked, options.tolerance, scratch)
+        for name, content, target in zip(SPLITS, sound, folders, strict=True):
+            _log_left_out(log, target, content)
+            index = _write(dataset, name, content, media, facts, target, shard_bytes)
+            log(f"{target}: {index.counts['samples']} media, {index.counts['texts']} texts")
     shutil.rmtree(scratch)
     return folders
 
 
-def _find_media(contents: Contents, name: str) -> _Split:
-    items = group_rows(contents.train if name == "train" else contents.test)
-    if not items:
-        raise InputError(
-            f"no {name} sample is left by the filters "
-            f"({dict(contents.dropped) or 'none dropped'}); check source and options"
-        )
-    files = {item.key: file for item in items if (file := contents.media.find(item.files))}
-    return _Split(name, items, files)
-
-
-def _inputs_hash(facts: Mapping[str, Any], splits: Sequence[_Split]) -> str:
+def _inputs_hash(facts: Mapping[str, Any], splits: Sequence[Split]) -> str:
     """Return the hash of everything that decides about the shards, but for the media's bytes."""
     media = [
         [split.name, item.key, *_name_and_size(split, item), [asdict(t) for t in item.texts]]
@@ -110,7 +118,7 @@ def _inputs_hash(facts: Mapping[str, Any], splits: Sequence[_Split]) -> str:
     return sha256_json([facts, media])
 
 
-def _name_and_size(split: _Split, item: Item) -> tuple[str, int]:
+def _name_and_size(split: Split, item: Item) -> tuple[str, int]:
     file = split.files.get(item.key)
     return (file.name, file.size) if file else ("", -1)
 
@@ -126,113 +134,61 @@ def _is_complete(folders: Sequence[Path], inputs: str) -> bool:
     return True
 
 
-def _missing(split: _Split) -> dict[str, str]:
-    return {
-        item.source: f"no file {' or '.join(item.files)}"
-        for item in split.items
-        if item.key not in split.files
-    }
+def _tasks(splits: Sequence[Split]) -> dict[str, Task]:
+    """Return what is to be checked, by key.
 
-
-def _require_share(
-    split: _Split, left_out: Mapping[str, str], tolerance: float, scratch: Path
-) -> None:
-    """Raise `DataError` if a split lacks more of its media than is tolerated."""
-    if len(left_out) <= tolerance * len(split.items):
-        return
-    report = scratch / f"{split.name}-{LEFT_OUT_FILE}"
-    write_bytes(report, _left_out_lines(left_out).encode())
-    names = "\n  ".join(f"{name}: {why}" for name, why in list(left_out.items())[:_SHOWN])
-    raise DataError(
-        f"{len(left_out)} of {len(split.items)} {split.name} media are missing or broken, more "
-        f"than tolerance={tolerance} allows; complete the source or raise it (all are named in "
-        f"{report}):\n  {names}"
-    )
-
-
-def _left_out_lines(left_out: Mapping[str, str]) -> str:
-    return "".join(f"{name}\t{' '.join(why.split())}\n" for name, why in sorted(left_out.items()))
-
-
-def _check(
-    contents: Contents, splits: Sequence[_Split], scratch: Path, tolerance: float, workers: int
-) -> list[_Ready]:
-    conversion = contents.conversion
-    workshop = Workshop(scratch / sha256_json(asdict(conversion))[:12], conversion)
-    tasks = {
-        item.key: Task(item.key, split.files[item.key])
-        for split in splits
-        for item in split.items
-        if item.key in split.files
-    }
-    checked = check_media(list(tasks.values()), workshop, workers)
-    by_name: dict[str, _Ready] = {}
-    taken: dict[str, str] = {}
-    for split in reversed(splits):  # what the test split has, training may not have
-        left_out = _missing(split)
-        for item in split.items:
-            if item.key in checked and (problem := checked[item.key].problem):
-                left_out[item.source] = problem
-        _require_share(split, left_out, tolerance, scratch)
-        by_name[split.name] = _join_twins(split, checked, left_out, taken)
-    return [_readable(by_name[split.name], tasks, checked, workshop) for split in splits]
-
-
-def _join_twins(
-    split: _Split,
-    checked: Mapping[str, Checked],
-    left_out: dict[str, str],
-    taken: dict[str, str],
-) -> _Ready:
-    """Join media of equal bytes, and leave out those that the other split has.
-
-    `taken` holds the hashes of the splits before; it is added to.
+    Raises:
+        DataError: a medium is in both splits.
     """
-    others = dict(taken)
-    firsts: dict[str, Item] = {}
-    joined = 0
-    for item in split.items:
-        found = checked.get(item.key)
-        if found is None or found.problem:
-            continue
-        if found.sha256 in others:
-            left_out[item.source] = f"the same medium as {others[found.sha256]} of the test split"
-        elif found.sha256 in firsts:
-            firsts[found.sha256] = _with_texts(firsts[found.sha256], item)
-            joined += 1
-        else:
-            firsts[found.sha256] = item
-            taken[found.sha256] = item.key
-    return _Ready(tuple(firsts.values()), left_out, joined)
+    tasks: dict[str, Task] = {}
+    for split in splits:
+        for item in split.items:
+            if item.key in tasks:
+                raise DataError(f"{item.source} is in both splits; check the annotation files")
+            if item.key in split.files:
+                tasks[item.key] = Task(item.key, split.files[item.key])
+    return tasks
 
 
-def _with_texts(first: Item, twin: Item) -> Item:
-    """Return the first of two equal media with the texts of both."""
-    ids = {text.id for text in first.texts}
-    added = [
-        replace(text, id=f"{text.id}-{twin.key}") if text.id in ids else text
-        for text in twin.texts
-    ]
-    return replace(first, texts=(*first.texts, *added))
+def _log_left_out(log: Log, target: Path, content: Sound) -> None:
+    if content.joined:
+        log(f"{target}: {content.joined} media are there twice; their texts are joined")
+    if content.left_out:
+        names = ", ".join(sorted(content.left_out)[:_SHOWN])
+        more = ", …" if len(content.left_out) > _SHOWN else ""
+        log(
+            f"{target}: {len(content.left_out)} media left out ({names}{more}); see {LEFT_OUT_FILE}"
+        )
 
 
-def _readable(
-    ready: _Ready, tasks: Mapping[str, Task], checked: Mapping[str, Checked], workshop: Workshop
-) -> "_Writable":
-    samples = [
-        partial(_read_sample, item, tasks[item.key], checked[item.key], workshop)
-        for item in ready.items
-    ]
-    hashes = [[item.key, checked[item.key].sha256] for item in ready.items]
-    return _Writable(ready, samples, sha256_json(hashes))
-
-
-def _read_sample(item: Item, task: Task, checked: Checked, workshop: Workshop) -> RawSample:
-    return RawSample(
-        key=item.key,
-        extension=checked.extension,
-        media=workshop.read(task, checked),
-        concept=item.key,
-        source=item.source,
-        texts=item.texts,
+def _write(
+    dataset: Dataset,
+    split: str,
+    content: Sound,
+    media: _Media,
+    facts: Mapping[str, Any],
+    target: Path,
+    shard_bytes: int,
+) -> ShardIndex:
+    texts = [(item.key, item.texts) for item in content.items]
+    files = {IDS_FILE: id_lines(texts)}
+    if content.left_out:
+        files[LEFT_OUT_FILE] = left_out_lines(content.left_out)
+    recipe = {
+        **facts,
+        "media": {"left_out": len(content.left_out), "joined": content.joined},
+        "media_sha256": sha256_json([[i.key, media.checked[i.key].sha256] for i in content.items]),
+        "texts_per_medium": texts_per_medium(texts for _, texts in texts),
+    }
+    return write_shards(
+        target,
+        dataset=dataset.name,
+        split=split,
+        modality=dataset.modality,
+        samples=[partial(media.read, item) for item in content.items],
+        licence=dataset.licence,
+        recipe=recipe,
+        shard_bytes=shard_bytes,
+        readers=_READERS,
+        files=files,
     )

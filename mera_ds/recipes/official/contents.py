@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,8 +148,3 @@ def full_rows(rows: Iterable[Row], dropped: Counter[str]) -> list[Row]:
         else:
             dropped["empty text"] += 1
     return kept
-
-
-def options_json(options: Any) -> Mapping[str, Any]:
-    """Return options as the index records them."""
-    return dict(vars(options))

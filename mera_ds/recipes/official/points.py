@@ -14,9 +14,7 @@ _PLY_COLUMNS = ("x", "y", "z", "red", "green", "blue")
 _PLY_INTEGERS = ("char", "uchar", "int8", "uint8", "short", "ushort", "int16", "uint16")
 
 
-def convert_points(
-    content: bytes, extension: str, count: int, normalise: bool, name: str
-) -> bytes:
+def convert_points(content: bytes, extension: str, count: int, normalise: bool, name: str) -> bytes:
     """Return an npy file of float32 (count, 6): x, y, z and r, g, b in [0, 1].
 
     Args:

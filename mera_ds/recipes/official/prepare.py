@@ -15,11 +15,11 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mera_ds.errors import DataError
-from mera_ds.files import TEMPORARY, failpoint, full_disk_is_an_error, sha256_file
+from mera_ds.files import TEMPORARY, failpoint, full_disk_is_an_error, sha256_file, sha256_json
 from mera_ds.media.errors import Unusable
 from mera_ds.recipes.official.convert import Conversion
 from mera_ds.recipes.official.sources import MediaFile
@@ -59,6 +59,11 @@ class Workshop:
     folder: Path
     conversion: Conversion
 
+    @classmethod
+    def for_conversion(cls, scratch: Path, conversion: Conversion) -> "Workshop":
+        """Return the workshop below a folder that other conversions don't share."""
+        return cls(scratch / sha256_json(asdict(conversion))[:12], conversion)
+
     def scratch(self, key: str, extension: str) -> Path:
         """Return where a converted medium lies."""
         return self.folder / f"{key}.{extension}"
@@ -82,9 +87,7 @@ class Workshop:
         return content
 
 
-def check_media(
-    tasks: Sequence[Task], workshop: Workshop, workers: int
-) -> Mapping[str, Checked]:
+def check_media(tasks: Sequence[Task], workshop: Workshop, workers: int) -> Mapping[str, Checked]:
     """Check and convert media; return what was found, by key.
 
     Args:

@@ -7,7 +7,6 @@ outside of the archive's folder (`../x`, `/x`) are passed over.
 import csv
 import functools
 import json
-import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -200,23 +199,47 @@ def read_text(path: Path) -> str:
 def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Yield the named columns of every row of a CSV file with a header.
 
+    A quotation mark that stands on one side only is left away, where a CSV reader would join the
+    rows up to the next one.
+
     Raises:
         DataError: a column is missing, or a row is cut; the message names file and line.
     """
     csv.field_size_limit(_LONGEST_FIELD)
-    lines = re.split(r"(?<=\n)", read_text(path).replace("\r\n", "\n").replace("\r", "\n"))
-    reader = csv.DictReader(lines, skipinitialspace=True)
-    try:
-        names = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = names
-        if missing := [column for column in columns if column not in names]:
+    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    header = [name.strip().strip('"') for name in lines[0].split(",")]
+    if missing := [column for column in columns if column not in header]:
+        raise DataError(f"{path}: no column {', '.join(missing)} in its header ({lines[0]:.120})")
+    places = [header.index(column) for column in columns]
+    for number, row in _csv_rows(lines, len(header), path):
+        if len(row) != len(header):
             raise DataError(
-                f"{path}: no column {', '.join(missing)} in its header ({', '.join(names)})"
+                f"{path}, line {number}: {len(row)} columns, its header has {len(header)}"
             )
-        for row in reader:
-            values = tuple(row[column] for column in columns)
-            if any(value is None for value in values):
-                raise DataError(f"{path}, line {reader.line_num}: fewer columns than its header")
-            yield values
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}; fetch it again") from None
+        yield tuple(row[place] for place in places)
+
+
+def _csv_rows(lines: list[str], width: int, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield number of the first line and fields of every row behind the header."""
+    number = 1
+    while number < len(lines):
+        first, taken = number, [lines[number]]
+        number += 1
+        if not taken[0].strip():
+            continue
+        if taken[0].count('"') % 2 and _stands_alone(lines[first : first + 2], width):
+            yield first + 1, [field.strip('"') for field in taken[0].split(",")]
+            continue
+        while "".join(taken).count('"') % 2 and number < len(lines):
+            taken.append(lines[number])
+            number += 1
+        try:
+            yield first + 1, next(csv.reader(["\n".join(taken)], skipinitialspace=True))
+        except csv.Error as error:
+            raise DataError(f"{path}, line {first + 1}: {error}; fetch it again") from None
+
+
+def _stands_alone(lines: list[str], width: int) -> bool:
+    """Say whether a line with an odd number of quotation marks is a row, not the start of one."""
+    own, *following = (line.count(",") + 1 for line in lines)
+    return own == width and (not lines[1:] or not lines[1] or following[0] >= width)
