@@ -95,8 +95,14 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     build.set_defaults(command=shards.build, overrides=())
 
     lint = kinds.add_parser("lint", help="prove shard sets sound")
-    lint.add_argument("folders", type=Path, nargs="+", help="shard folders, at any depth")
-    lint.add_argument("--run", type=Path, help="also check that every text fits into this run")
+    lint.add_argument(
+        "folders",
+        type=Path,
+        nargs="*",
+        help="shard folders, at any depth; with --run or --profile the default is all of theirs",
+    )
+    lint.add_argument("--run", type=Path, help="also check every text with this run's tokenizer")
+    lint.add_argument("--profile", help="the same for a profile that is no run yet")
     lint.set_defaults(command=shards.lint)
 
     preview = kinds.add_parser("preview", help="show samples")

@@ -31,19 +31,29 @@ def usable_cores() -> int:
 
 
 def lint(arguments: argparse.Namespace) -> None:
-    """Check shard sets, and that no two splits of a dataset overlap.
+    """Check shard sets, that no two splits of a dataset overlap, and that they fit a run.
 
     Raises:
         DataError: if any problem was found; each is printed.
     """
+    from mera_ds.cli.fit import RunFit
     from mera_ds.shards.lint import lint as lint_folder
     from mera_ds.shards.lint import lint_pair
 
-    folders = _shard_folders(arguments.folders)
+    fit = None
+    if arguments.run is not None or arguments.profile is not None:
+        fit = RunFit(arguments.run, arguments.profile)
+    roots = arguments.folders or (fit.folders() if fit else [])
+    if not roots:
+        raise InputError("name the shard folders to check, or a run with --run")
+    folders = _shard_folders(roots)
     problems = []
     for folder in folders:
         found = lint_folder(folder, _decoder(folder))
-        print(f"{folder}: {'sound' if not found else f'{len(found)} problems'}")
+        if fit and not found:
+            found = fit.problems(folder)
+        fits = " and fits the run" if fit else ""
+        print(f"{folder}: {'sound' + fits if not found else f'{len(found)} problems'}")
         problems += found
     for number, first in enumerate(folders):
         for second in folders[number + 1 :]:

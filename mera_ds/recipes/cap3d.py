@@ -63,6 +63,10 @@ class PointOptions(CommonOptions):
         if self.points < 1:
             raise InputError(f"points is {self.points}; it must be at least 1")
 
+    def recorded(self) -> dict[str, Any]:
+        """Return the options with the name, but not the place, of the file of excluded ids."""
+        return super().recorded() | {"exclude": self.exclude and Path(self.exclude).name}
+
     @property
     def conversion(self) -> Conversion:
         """How point clouds are stored."""
@@ -100,7 +104,7 @@ def read(source: SourceFolder, options: Options) -> Contents:
     candidates = rows if held_out is None else [row for row in rows if row.key in held_out]
     test = draw_rows(candidates, options.test_size, options.seed, "cap3d/test")
     never = {row.key for row in test} | (held_out or set())
-    train = without(rows, never | excluded_ids(options.exclude), dropped)
+    train = without(rows, never | excluded_ids(source, options.exclude), dropped)
     train = draw_rows(train, options.train_size, options.seed, "cap3d/train")
     return Contents(train, test, media, options.conversion, dropped)
 
@@ -122,12 +126,13 @@ def without(rows: Sequence[Row], ids: Collection[str], dropped: Counter[str]) ->
     return kept
 
 
-def excluded_ids(path: str | None) -> set[str]:
-    """Return the ids in the file that the option `exclude` names."""
+def excluded_ids(source: SourceFolder, path: str | None) -> set[str]:
+    """Return the ids in the file that the option `exclude` names, and record that it is used."""
     if path is None:
         return set()
     if not Path(path).is_file():
         raise InputError(f"exclude={path}: there is no such file")
+    source.record("exclude", Path(path))
     return read_ids(Path(path))
 
 

@@ -57,7 +57,7 @@ def read(source: SourceFolder, options: Options) -> Contents:
     rows, captions = _rows(test_file, dropped)
     test = draw_rows(full_rows(rows, dropped), options.test_size, options.seed, "cap3dqa/test")
     rows, captions = _rows(train_file, dropped)
-    never = {row.key for row in test} | excluded_ids(options.exclude)
+    never = {row.key for row in test} | excluded_ids(source, options.exclude)
     train = without(full_rows(rows, dropped), never, dropped)
     if options.drop_model:
         kept = [row for row in train if "model" not in row.text.answers[0].lower()]

@@ -9,12 +9,19 @@ from pathlib import Path
 
 from mera_ds.errors import DataError
 from mera_ds.files import write_bytes
+from mera_ds.media.errors import Unusable
+from mera_ds.media.video import VIDEO_CONTAINERS, sample_frames, video_codec
+from mera_ds.media.webp import encode_frames
 from mera_ds.shards.format import ShardIndex, Text
 from mera_ds.shards.reader import ShardReader
 
 IMAGE_TYPES = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "gif": "gif", "webp": "webp"}
 AUDIO_TYPES = {"wav": "wav", "flac": "flac", "mp3": "mpeg", "ogg": "ogg"}
 VIDEO_TYPES = {"mp4": "mp4", "webm": "webm"}
+PLAYED_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d")
+"""Codecs that the usual browsers play (hevc: some of them)."""
+FRAMES = 4
+"""Of other videos so many frames are shown, as a moving picture."""
 MAX_POINTS = 2048
 """A larger point cloud is thinned out for the page."""
 
@@ -116,10 +123,8 @@ def _card(reader: ShardReader, position: int) -> str:
     label = html.escape(next((t.answers[0] for t in texts if t.answers), sample.concept))
     medium = _medium(sample.extension, reader.read_media(position), label, name)
     rows = "".join(_text_row(text) for text in texts)
-    return (
-        f'<article>{medium}<p class="key">{html.escape(sample.key)} · '
-        f"{html.escape(sample.concept)}</p><dl>{rows}</dl></article>"
-    )
+    names = html.escape(" · ".join(dict.fromkeys((sample.key, sample.concept))))
+    return f'<article>{medium}<p class="key">{names}</p><dl>{rows}</dl></article>'
 
 
 def _text_row(text: Text) -> str:
@@ -130,14 +135,12 @@ def _text_row(text: Text) -> str:
 
 def _medium(extension: str, content: bytes, label: str, name: str) -> str:
     if extension in IMAGE_TYPES:
-        url = _data_url(f"image/{IMAGE_TYPES[extension]}", content)
-        return f'<img src="{url}" alt="{label}">'
+        return _picture(IMAGE_TYPES[extension], content, label)
     if extension in AUDIO_TYPES:
         url = _data_url(f"audio/{AUDIO_TYPES[extension]}", content)
         return f'<audio controls src="{url}" aria-label="{label}"></audio>'
-    if extension in VIDEO_TYPES:
-        url = _data_url(f"video/{VIDEO_TYPES[extension]}", content)
-        return f'<video controls loop muted src="{url}" aria-label="{label}"></video>'
+    if extension in VIDEO_CONTAINERS:
+        return _video(extension, content, label)
     if extension == "npy":
         points = json.dumps(_points(content, name), separators=(",", ":"))
         return (
@@ -145,6 +148,26 @@ def _medium(extension: str, content: bytes, label: str, name: str) -> str:
             f'data-points="{points}"></canvas>'
         )
     return f'<p class="none">{html.escape(extension)}, {len(content)} bytes (no preview)</p>'
+
+
+def _picture(kind: str, content: bytes, label: str) -> str:
+    return f'<img src="{_data_url(f"image/{kind}", content)}" alt="{label}">'
+
+
+def _video(extension: str, content: bytes, label: str) -> str:
+    """Return a player, or a few frames where browsers don't play such a file."""
+    codec = video_codec(content, extension)
+    if extension in VIDEO_TYPES and codec in PLAYED_CODECS:
+        url = _data_url(f"video/{VIDEO_TYPES[extension]}", content)
+        return f'<video controls loop muted src="{url}" aria-label="{label}"></video>'
+    what = f"{extension} video, {codec or 'unknown codec'}"
+    try:
+        frames = sample_frames(content, extension, FRAMES)
+        picture = _picture("webp", encode_frames(frames), label)
+    except (Unusable, ValueError) as error:
+        return f'<p class="none">{html.escape(f"{what}: not playable ({error})")}</p>'
+    note = f"{what}: browsers don't play it; shown as {len(frames)} frames"
+    return f'{picture}<p class="none">{html.escape(note)}</p>'
 
 
 def _data_url(media_type: str, content: bytes) -> str:

@@ -6,8 +6,10 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from mera_ds.errors import DataError
 from mera_ds.shards.format import Text
@@ -53,6 +55,21 @@ def _npy(array: object) -> bytes:
     return buffer.getvalue()
 
 
+def _film(container: str, codec: str) -> bytes:
+    """Return twelve frames, each darker than the one before."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as target:
+        stream = target.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for number in range(12):
+            pixels = np.full((32, 32, 3), 200 - 10 * number, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                target.mux(packet)
+        for packet in stream.encode():
+            target.mux(packet)
+    return buffer.getvalue()
+
+
 def _write(folder: Path, media: dict[str, bytes]) -> None:
     texts = (
         Text("c0", "caption", "", (HOSTILE,)),
@@ -88,7 +105,7 @@ def test_page_holds_media_and_texts(tmp_path: Path) -> None:
         "gif": b"moving",
         "wav": b"sound",
         "flac": b"more sound",
-        "mp4": b"film",
+        "mp4": _film("mp4", "libx264"),
         "npy": _npy(points),
         "xyz": b"unknown",
     }
@@ -110,6 +127,32 @@ def test_page_holds_media_and_texts(tmp_path: Path) -> None:
     assert "xyz, 7 bytes (no preview)" in page.text
     assert "a or b?" in page.text
     assert "a | either" in page.text
+
+
+@pytest.mark.parametrize(
+    ("extension", "codec"), [("avi", "mpeg4"), ("mp4", "mpeg4"), ("mkv", "libx264")]
+)
+def test_videos_that_browsers_do_not_play_are_shown_as_frames(
+    tmp_path: Path, extension: str, codec: str
+) -> None:
+    container = {"mkv": "matroska"}.get(extension, extension)
+    _write(tmp_path / "a", {extension: _film(container, codec)})
+    write_html([tmp_path / "a"], tmp_path / "page.html", 1)
+    page = _Page((tmp_path / "page.html").read_text())
+    assert f"{extension} video, {codec.removeprefix('libx').replace('264', 'h264')}" in page.text
+    assert "browsers don't play it; shown as 4 frames" in page.text
+    (picture,) = page.all("img")
+    kind, _, content = (picture["src"] or "").partition(";base64,")
+    assert kind == "data:image/webp"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+        assert image.n_frames == 4
+
+
+def test_broken_video_is_said_to_be(tmp_path: Path) -> None:
+    _write(tmp_path / "a", {"avi": b"no film"})
+    write_html([tmp_path / "a"], tmp_path / "page.html", 1)
+    page = _Page((tmp_path / "page.html").read_text())
+    assert "avi video, unknown codec: not playable (InvalidDataError" in page.text
 
 
 def test_texts_cannot_add_code(tmp_path: Path) -> None:

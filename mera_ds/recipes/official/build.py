@@ -81,7 +81,7 @@ def build_dataset(
     facts: dict[str, Any] = {
         "name": dataset.name,
         "version": dataset.version,
-        "options": dict(vars(options)),
+        "options": options.recorded(),
         "annotations": folder.hashes(),
         "dropped": dict(sorted(contents.dropped.items())),
     }

@@ -31,6 +31,10 @@ class CommonOptions:
             if name.endswith("_size") and value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1 (or null: all)")
 
+    def recorded(self) -> dict[str, Any]:
+        """Return the options as the index has them."""
+        return dict(vars(self))
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

@@ -50,9 +50,13 @@ class SourceFolder:
         for folder in ANNOTATION_FOLDERS:
             path = self.root / folder / name
             if path.is_file():
-                self._used[name] = path
+                self.record(name, path)
                 return path
         return None
+
+    def record(self, name: str, path: Path) -> None:
+        """Record that a file decides about the shards."""
+        self._used[name] = path
 
     def media(self, folders: Sequence[str], archives: Sequence[str], origin: str) -> "MediaFiles":
         """Return the media in those of some folders and archives (patterns) that are there."""
