@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes.sources import write_okvqa
 from torch import Tensor
 
 from mera_ds.checkpoint import load_connector, load_delta, read_manifest
@@ -31,6 +32,7 @@ INSTALL = "python3.11 -m venv"
 STEPS = "mera-ds init --profile tiny"
 TWO_RUNS = "mera-ds init runs/tiny/expert"
 SHARDS = "mera-ds shards build tiny"
+PUBLISHED = "mera-ds shards build okvqa"
 MERGE = "python launch/merge.py --previous"
 ANOTHER_ORDER = "mera-ds init runs/r1"
 ZERO_3 = "torchrun --nproc-per-node 2 launch/stage.py"
@@ -52,7 +54,7 @@ def inline(first: str) -> str:
 
 
 def test_no_block_is_untested() -> None:
-    first = (FIRST_SCREEN, LAUNCHERS, INSTALL, STEPS, TWO_RUNS, SHARDS, MERGE)
+    first = (FIRST_SCREEN, LAUNCHERS, INSTALL, STEPS, TWO_RUNS, SHARDS, PUBLISHED, MERGE)
     assert [block[0] for block in readme_blocks() if not block[0].startswith(first)] == []
 
 
@@ -61,7 +63,8 @@ def test_no_command_in_the_text_is_untested() -> None:
     executed = (ANOTHER_ORDER, ZERO_3)
     named = ("make ", "mera-ds plan", "mera-ds run RUN…", "pip install -e '.[flash]'")
     fetching = ("mera-ds pocket fetch", "mera-ds shards build pocket --source")
-    known = executed + named + fetching
+    elsewhere = ("mera-ds shards lint --run RUN",)  # in test_shards.py
+    known = executed + named + fetching + elsewhere
     assert [command for command in readme_inline() if not command.startswith(known)] == []
 
 
@@ -93,6 +96,13 @@ def test_shard_commands(tmp_path: Path) -> None:
     assert lint(tmp_path / "build/tiny/audio/train") == []
     page = (tmp_path / "build/preview.html").read_text(encoding="utf-8")
     assert "image-red-square" in page
+
+
+def test_published_dataset(tmp_path: Path) -> None:
+    write_okvqa(tmp_path / "downloads/okvqa")
+    for command in readme_block(PUBLISHED):
+        succeed(command, tmp_path)
+    assert lint(tmp_path / "data/okvqa/train") == []
 
 
 def test_merging_two_folders(tiny_template: Path, tmp_path: Path) -> None:

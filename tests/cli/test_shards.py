@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mera_ds.cli import main
+from mera_ds.config import PROFILES
 from mera_ds.shards.format import Text
 from mera_ds.shards.writer import RawSample, write_shards
 
@@ -20,6 +21,17 @@ def test_a_run_s_own_shards_fit_it(tiny_template: Path, capsys: pytest.CaptureFi
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
     assert all(line.endswith(": sound and fits the run") for line in lines)
+
+
+def test_shards_fit_a_profile_that_is_no_run_yet(
+    tiny_template: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (PROFILES / "tiny.yaml").read_text().replace("{run}", str(tiny_template))
+    (tmp_path / "own.yaml").write_text(text)
+    folder = tiny_template / "data" / "audio" / "test"
+    arguments = ["shards", "lint", str(folder), "--profile", str(tmp_path / "own.yaml")]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{folder}: sound and fits the run\n"
 
 
 def test_texts_that_do_not_fit_are_named(

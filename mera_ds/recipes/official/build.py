@@ -97,9 +97,9 @@ def build_dataset(
         remove_temporaries(scratch)
         workshop = Workshop.for_conversion(scratch, contents.conversion)
         tasks = _tasks(splits)
-        log(f"{dataset.name}: checking {len(tasks)} media")
-        media = _Media(tasks, check_media(list(tasks.values()), workshop, workers), workshop)
-        sound = sound_splits(splits, media.checked, options.tolerance, scratch)
+        checked = check_media(list(tasks.values()), workshop, workers, log)
+        media = _Media(tasks, checked, workshop)
+        sound = sound_splits(splits, checked, options.tolerance, scratch)
         for name, content, target in zip(SPLITS, sound, folders, strict=True):
             _log_left_out(log, target, content)
             index = _write(dataset, name, content, media, facts, target, shard_bytes)

@@ -21,12 +21,14 @@ from pathlib import Path
 from mera_ds.errors import DataError
 from mera_ds.files import TEMPORARY, failpoint, full_disk_is_an_error, sha256_file, sha256_json
 from mera_ds.media.errors import Unusable
+from mera_ds.recipes import Log
 from mera_ds.recipes.official.convert import Conversion
 from mera_ds.recipes.official.sources import MediaFile
 from mera_ds.shards.format import MAX_MEMBER_BYTES
 
 JOURNAL = "checked.jsonl"
 _CHUNK = 8
+_TIMES = 10
 _CRASHED = "the process that decoded it died"
 _UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError)
 
@@ -87,13 +89,16 @@ class Workshop:
         return content
 
 
-def check_media(tasks: Sequence[Task], workshop: Workshop, workers: int) -> Mapping[str, Checked]:
+def check_media(
+    tasks: Sequence[Task], workshop: Workshop, workers: int, log: Log
+) -> Mapping[str, Checked]:
     """Check and convert media; return what was found, by key.
 
     Args:
         tasks: the media.
         workshop: conversion and scratch folder; the caller holds its lock.
         workers: how many processes; 0: this one.
+        log: is told ten times how far it is.
 
     Raises:
         ResourceError: the disk is full.
@@ -118,6 +123,8 @@ def check_media(tasks: Sequence[Task], workshop: Workshop, workers: int) -> Mapp
                 entry = [identities[checked.key], *_facts(checked)]
                 file.write(json.dumps(entry) + "\n")
                 file.flush()
+            if len(found) * _TIMES // len(tasks) > (len(found) - 1) * _TIMES // len(tasks):
+                log(f"  {len(found)} of {len(tasks)} media checked")
             failpoint("recipes.medium_checked")
     return found
 
