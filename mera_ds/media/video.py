@@ -139,7 +139,6 @@ def _decode_in_order(content: bytes, container: str, chosen: set[int]) -> tuple[
     """Decode everything; return how many frames there are, and the chosen ones' pixels."""
     count, clip = 0, []
     with _open(content, container) as source:
-        source.streams.video[0].thread_type = "AUTO"
         for frame in source.decode(video=0):
             if count in chosen:
                 clip.append(_pixels(frame))

@@ -1,6 +1,6 @@
 """Recipe `clothoaqa`: Clotho-AQA (Lipping et al. 2022), paper Appendix A.
 
-Every answer of an annotator who was sure of it (confidence "yes") is one sample.
+Every answer of an annotator who was sure of it (confidence "yes") is one sample, in lower case.
 """
 
 import hashlib

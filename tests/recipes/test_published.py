@@ -14,7 +14,7 @@ from mera_ds.shards.lint import lint, lint_pair
 from mera_ds.shards.reader import ShardReader
 
 from .conftest import Built, make
-from .sources import CLIPS, UIDS, WRITERS, cloud, coco_name, write_karpathy
+from .sources import CLIPS, UIDS, WRITERS, cloud, coco_name, dump, write_karpathy
 
 Get = Callable[[str], Built]
 
@@ -100,6 +100,16 @@ def test_coco_with_karpathys_file(tmp_path: Path) -> None:
         "captions_val2014.json",
         "dataset_coco.json",
     ]
+
+
+def test_coco_with_lavis_file(tmp_path: Path) -> None:
+    dataset = make("coco", tmp_path)
+    entry = {"image": f"val2014/{coco_name('val2014', 103)}", "caption": ["one", "two ", "three"]}
+    dump(dataset.source / "coco_karpathy_test.json", [entry])
+    dataset.build("holdout=karpathy")
+    assert texts(dataset.test) == {
+        "000000000103": [("c0", "", "one"), ("c1", "", "two"), ("c2", "", "three")]
+    }
 
 
 def test_okvqa_has_a_sample_for_each_distinct_answer(built: Get) -> None:
