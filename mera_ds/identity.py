@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mera_ds.checkpoint import hash_backbone, read_manifest, remembered_sha256
-from mera_ds.config import ComponentConfig, RunConfig, cache_folder, dump, resolve_path
+from mera_ds.config import ComponentConfig, RunConfig, cache_folder, resolve_path
 from mera_ds.errors import InputError
 from mera_ds.files import sha256_json
 from mera_ds.plan import LORA, MergeStep, Plan, Step, TrainStep
+from mera_ds.settings import dump
 from mera_ds.shards.format import read_index
 
 _TOKENIZER_FILES = ("*token*.json", "chat_template*", "vocab*", "merges.txt", "*.model")

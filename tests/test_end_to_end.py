@@ -148,6 +148,11 @@ class TestSharing:
         tuned = product(runs["finetune"], 2) / delta
         assert tuned.samefile(product(runs["mera"], 2, "tuned") / delta)
 
+    def test_an_equal_model_is_asked_once(self, runs: Mapping[str, Path]) -> None:
+        files = [path for run in runs.values() for path in run.glob("stages/01-*/**/*-qa.jsonl")]
+        assert len(files) == len(METHODS)
+        assert len({path.stat().st_ino for path in files}) == 1
+
     def test_experts_share_nothing_later(self, runs: Mapping[str, Path]) -> None:
         expert, mera = (product(runs[method], 2, "aligned") for method in ("expert", "mera"))
         assert read_manifest(expert).key != read_manifest(mera).key

@@ -33,7 +33,7 @@ def test_it_teaches_all_its_modalities_and_says_what_it_is(config: RunConfig) ->
 
 
 def test_its_encoders_and_connectors_exist_and_take_its_options(config: RunConfig) -> None:
-    from mera_ds.config import parse
+    from mera_ds.settings import parse
 
     for modality, entry in config.modalities.items():
         encoder, connector = ENCODERS[entry.encoder.kind], CONNECTORS[entry.connector.kind]

@@ -6,18 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mera_ds.config import (
-    RunConfig,
-    load_profile,
-    parse,
-    require_known,
-    resolve_path,
-    save_config,
-)
+from mera_ds.config import RunConfig, load_profile, resolve_path, save_config
 from mera_ds.errors import InputError, MeraError
 from mera_ds.log import set_up_console
 from mera_ds.methods import make_plan
 from mera_ds.plan import DataPart, EvaluateStep, MergeStep, Step, TrainStep, save_plan
+from mera_ds.settings import parse, require_known
 
 if TYPE_CHECKING:  # it needs torch
     from mera_ds.sequence import Run

@@ -19,8 +19,8 @@ import soundfile
 from numpy.typing import NDArray
 from PIL import Image
 
-from mera_ds.config import require_known
 from mera_ds.errors import DataError
+from mera_ds.settings import require_known
 
 MAX_IMAGE_PIXELS = 64_000_000
 MAX_CLIP_PIXELS = 128_000_000

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from mera_ds.config import parse, require_known
 from mera_ds.errors import DataError, InputError
+from mera_ds.settings import parse, require_known
 
 
 @dataclass(frozen=True, kw_only=True)

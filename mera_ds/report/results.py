@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mera_ds.config import RunConfig, dump, load_config, parse
+from mera_ds.config import RunConfig, load_config
 from mera_ds.errors import DataError, InputError
+from mera_ds.settings import dump, parse
 
 EXPERT = "expert"
 """The method whose stage k is modality k trained alone from the base model: the upper bound."""

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mera_ds.config import parse, require_known
 from mera_ds.model.encoders.audio import AisfxEncoder
 from mera_ds.model.encoders.base import Encoder
 from mera_ds.model.encoders.pointcloud import DepthViewsEncoder
@@ -18,6 +17,7 @@ from mera_ds.model.encoders.tiny import (
     TinyVideoEncoder,
 )
 from mera_ds.model.encoders.visual import ImageEncoder, VideoEncoder
+from mera_ds.settings import parse, require_known
 
 __all__ = ["ENCODERS", "Encoder", "build_encoder"]
 
