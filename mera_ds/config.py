@@ -175,6 +175,8 @@ class RunConfig:
     backbone: BackboneConfig
     prompt: PromptConfig
     modalities: Mapping[str, ModalityConfig]
+    plugins: tuple[str, ...] = ()
+    """Python files with kinds of one's own (`mera_ds.plugin`); a run has copies of them."""
     lora: LoraConfig
     align: PhaseConfig
     tune: PhaseConfig
