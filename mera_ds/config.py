@@ -175,8 +175,7 @@ class RunConfig:
     backbone: BackboneConfig
     prompt: PromptConfig
     modalities: Mapping[str, ModalityConfig]
-    plugins: tuple[str, ...] = ()
-    """Python files with kinds of one's own (`mera_ds.plugin`); a run has copies of them."""
+    plugins: tuple[str, ...] = ()  # files with kinds of one's own, see `mera_ds.registry`
     lora: LoraConfig
     align: PhaseConfig
     tune: PhaseConfig

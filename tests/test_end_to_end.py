@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.commands import Ended, finish, readme_block, start, succeed, wait_for, workplace
+from cli.commands import Ended, finish, readme_block, start, succeed, wait_for
 
 from mera_ds.checkpoint import Manifest, read_manifest
 from mera_ds.files import sha256_file
