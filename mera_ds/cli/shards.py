@@ -48,18 +48,24 @@ def lint(arguments: argparse.Namespace) -> None:
 def _media_kinds(plugins: Sequence[Path], run: Path | None) -> Mapping[str, str]:
     """Load plugins, and return modality -> media kind: its own name, or what a run decodes."""
     from mera_ds.data.decode import DECODERS
-    from mera_ds.model.encoders import ENCODERS
     from mera_ds.registry import load_plugin
-    from mera_ds.sequence import open_run
 
     for plugin in plugins:
         load_plugin(plugin)
-    config = open_run(run).config if run is not None else None
-    kinds = {kind: kind for kind in DECODERS}
-    for name, entry in config.modalities.items() if config is not None else ():
-        if entry.encoder.kind in ENCODERS:
-            kinds[name] = ENCODERS[entry.encoder.kind].media
-    return kinds
+    return {kind: kind for kind in DECODERS} | (_kinds_of_run(run) if run is not None else {})
+
+
+def _kinds_of_run(run: Path) -> dict[str, str]:
+    """Return modality -> media kind as a run's encoders take them."""
+    from mera_ds.model.encoders import ENCODERS
+    from mera_ds.sequence import open_run
+
+    modalities = open_run(run).config.modalities
+    return {
+        name: ENCODERS[entry.encoder.kind].media
+        for name, entry in modalities.items()
+        if entry.encoder.kind in ENCODERS
+    }
 
 
 def _decoder(folder: Path, kinds: Mapping[str, str]) -> Callable[[str, bytes, str], Any] | None:
