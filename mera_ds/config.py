@@ -173,6 +173,7 @@ class RunConfig:
     backbone: BackboneConfig
     prompt: PromptConfig
     modalities: Mapping[str, ModalityConfig]
+    plugins: tuple[str, ...] = ()  # files with kinds of one's own, see `mera_ds.registry`
     lora: LoraConfig
     align: PhaseConfig
     tune: PhaseConfig

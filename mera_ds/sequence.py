@@ -19,6 +19,7 @@ from mera_ds.files import TEMPORARY, committed_folder, folder_lock, link_or_copy
 from mera_ds.identity import product_key
 from mera_ds.log import format_duration, logger
 from mera_ds.plan import EvaluateStep, MergeStep, Plan, Step, TrainStep, load_plan
+from mera_ds.registry import load_plugins
 
 EXIT_INTERRUPTED = Interrupted.exit_code
 
@@ -35,9 +36,17 @@ class Run:
 
 
 def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
-    """Read a run's configuration and plan."""
+    """Read a run's configuration and plan, and load its plugins."""
     config = load_config(folder, overrides)
-    return Run(folder, config, load_plan(folder / "plan.json"), tuple(overrides))
+    load_plugins(config, folder)
+    plan = load_plan(folder / "plan.json")
+    unknown = [step.modality for step in plan.steps if step.modality not in config.order]
+    if unknown:
+        raise InputError(
+            f"{folder}: the plan learns {unknown[0]}, the configuration does not: 'mera-ds add' "
+            "was stopped while it wrote them; run it again"
+        )
+    return Run(folder, config, plan, tuple(overrides))
 
 
 def step_is_finished(run: Run, step: Step) -> bool:

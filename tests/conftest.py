@@ -1,11 +1,13 @@
 """What tests of every folder share: a cache of their own, and runs of the profile `tiny`."""
 
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cli.commands import readme_block, succeed, workplace
 
 from mera_ds.config import load_profile, save_config
 from mera_ds.methods import make_plan
@@ -54,3 +56,19 @@ def make_tiny_run(tiny_template: Path, tmp_path_factory: pytest.TempPathFactory)
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_runs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `runs/tiny/{expert,finetune,mera}`, finished by one `mera-ds run`."""
+    folder = workplace(tmp_path_factory.mktemp("whole"))
+    expert, mera, *_ = readme_block("mera-ds init runs/tiny/expert")
+    for command in (expert, mera, expert.replace("expert", "finetune")):
+        succeed(command, folder)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    succeed("mera-ds run runs/tiny/expert runs/tiny/finetune runs/tiny/mera", folder)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    # One method is promised in two minutes on two cores; three took 95 s of one core.
+    assert seconds < 240
+    return folder

@@ -5,7 +5,6 @@ The runs, and the report that compares them, are made with the commands that the
 
 import json
 import random
-import resource
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.commands import Ended, finish, readme_block, start, succeed, wait_for, workplace
+from cli.commands import Ended, finish, readme_block, start, succeed, wait_for
 
 from mera_ds.checkpoint import Manifest, read_manifest
 from mera_ds.files import sha256_file
@@ -28,19 +27,8 @@ KILLS = 6
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a finished run of every method, made by one `mera-ds run`."""
-    folder = workplace(tmp_path_factory.mktemp("whole"))
-    expert, mera, *_ = readme_block("mera-ds init runs/tiny/expert")
-    for command in (expert, mera, expert.replace("expert", "finetune")):
-        succeed(command, folder)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    succeed(f"mera-ds run {RUNS}", folder)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    # One method is promised in two minutes on two cores; three took 95 s of one core.
-    assert seconds < 240
-    return folder
+def place(finished_runs: Path) -> Path:
+    return finished_runs
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mera_ds"
 LAYERS = (
     {"errors", "files", "hardware", "settings", "config", "plan", "batch", "distributed", "log"},
-    {"shards", "checkpoint", "identity"},
+    {"shards", "checkpoint", "identity", "registry"},
     {"data", "model", "merge", "recipes", "pocket"},
-    {"features"},
+    {"features", "plugin"},
     {"train", "evaluate"},
     {"methods"},
-    {"sequence"},
+    {"sequence", "modality"},
     {"report", "cli"},
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -52,6 +52,11 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     init.add_argument("--method", help="shorthand for the override method=…")
     init.set_defaults(command=runs.init, overrides=())
 
+    add = commands.add_parser("add", help="add a modality to a run, finished or not")
+    add.add_argument("run", type=Path, help="the run's folder")
+    add.add_argument("file", type=Path, help="YAML of the modality, e.g. examples/imu/imu.yaml")
+    add.set_defaults(command=runs.add)
+
     plan = commands.add_parser("plan", help="print every step of runs before anything is done")
     plan.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
     plan.set_defaults(command=runs.plan)
@@ -86,6 +91,8 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     lint = kinds.add_parser("lint", help="prove shard sets sound")
     lint.add_argument("folders", type=Path, nargs="+", help="shard folders, at any depth")
+    lint.add_argument("--plugin", type=Path, action="append", default=[], help="file that decodes")
+    lint.add_argument("--run", type=Path, help="decode as this run does")
     lint.set_defaults(command=shards.lint)
 
     preview = kinds.add_parser("preview", help="show samples")

@@ -1,6 +1,7 @@
-"""The commands `mera-ds init | plan | run | status | report`."""
+"""The commands `mera-ds init | add | plan | run | status | report`."""
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from mera_ds.errors import InputError, MeraError
 from mera_ds.log import set_up_console
 from mera_ds.methods import make_plan
 from mera_ds.plan import DataPart, EvaluateStep, MergeStep, Step, TrainStep, save_plan
-from mera_ds.settings import parse, require_known
+from mera_ds.registry import copy_plugins, find_plugins, keep_plugins
 
 if TYPE_CHECKING:  # it needs torch
     from mera_ds.sequence import Run
@@ -23,6 +24,8 @@ def init(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: if the folder is a run already, or a setting is wrong.
     """
+    from mera_ds.modality import check_kinds
+
     folder: Path = arguments.run
     if (folder / "config.yaml").exists():
         raise InputError(f"{folder} is a run already; choose another name or delete it")
@@ -30,28 +33,30 @@ def init(arguments: argparse.Namespace) -> None:
     if arguments.method is not None:
         overrides.append(f"method={arguments.method}")
     config = load_profile(arguments.profile, overrides)
+    profile = Path(arguments.profile)
+    base = profile.parent if profile.suffix in (".yaml", ".yml") else Path()
+    plugins = find_plugins(config.plugins, base, folder)
+    config = dataclasses.replace(config, plugins=keep_plugins(plugins, folder))
     plan = make_plan(config)
-    _check_components(config)
+    check_kinds(config, config.modalities)
     if config.build is not None:
         _build_inside(config, folder)
+    copy_plugins(plugins, folder)
     save_plan(plan, folder / "plan.json")
     save_config(config, folder / "config.yaml")
     print(f"{folder}: {config.profile}, {plan.method}, {' → '.join(config.order)}")
     print(f"next: mera-ds plan {folder}; mera-ds run {folder}")
 
 
-def _check_components(config: RunConfig) -> None:
-    """Refuse an unknown encoder, connector or option now, not when its stage comes."""
-    from mera_ds.model.connectors import CONNECTORS
-    from mera_ds.model.encoders import ENCODERS
+def add(arguments: argparse.Namespace) -> None:
+    """Add a modality to a run, as the last of its order."""
+    from mera_ds.modality import add_modality
 
-    for name, modality in config.modalities.items():
-        encoder, connector = modality.encoder, modality.connector
-        where = f"modalities.{name}"
-        require_known(encoder.kind, ENCODERS, f"{where}.encoder: kind")
-        parse(ENCODERS[encoder.kind].Options, encoder.options, f"{where}.encoder.options")
-        require_known(connector.kind, CONNECTORS, f"{where}.connector: kind")
-        parse(CONNECTORS[connector.kind].Options, connector.options, f"{where}.connector.options")
+    set_up_console()
+    folder: Path = arguments.run
+    config = add_modality(folder, arguments.file)
+    print(f"{folder}: {config.method} on {' → '.join(config.order)}")
+    print(f"next: mera-ds plan {folder}; mera-ds run {folder}")
 
 
 def _build_inside(config: RunConfig, folder: Path) -> None:

@@ -1,13 +1,12 @@
 """The commands `mera-ds shards …` and `mera-ds pocket fetch`."""
 
 import argparse
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mera_ds.config import cache_folder
-from mera_ds.errors import DataError, InputError
+from mera_ds.errors import DataError, InputError, MeraError
 
 
 def build(arguments: argparse.Namespace) -> None:
@@ -27,10 +26,14 @@ def lint(arguments: argparse.Namespace) -> None:
     from mera_ds.shards.lint import lint_pair
 
     folders = _shard_folders(arguments.folders)
+    kinds = _media_kinds(arguments.plugin, arguments.run)
     problems = []
     for folder in folders:
-        found = lint_folder(folder, _decoder(folder))
+        decoder = _decoder(folder, kinds)
+        found = lint_folder(folder, decoder)
         print(f"{folder}: {'sound' if not found else f'{len(found)} problems'}")
+        if decoder is None:
+            print("  its media were not decoded: their kind is unknown; give --plugin or --run")
         problems += found
     for number, first in enumerate(folders):
         for second in folders[number + 1 :]:
@@ -42,16 +45,41 @@ def lint(arguments: argparse.Namespace) -> None:
         raise DataError(f"{len(problems)} problems in {len(folders)} shard sets; rebuild them")
 
 
-def _decoder(folder: Path) -> Callable[[str, bytes, str], Any]:
-    """Return a decoder that asks the index for the modality when it is first needed."""
+def _media_kinds(plugins: Sequence[Path], run: Path | None) -> Mapping[str, str]:
+    """Load plugins, and return modality -> media kind: its own name, or what a run decodes."""
+    from mera_ds.data.decode import DECODERS
+    from mera_ds.registry import load_plugin
+
+    for plugin in plugins:
+        load_plugin(plugin)
+    return {kind: kind for kind in DECODERS} | (_kinds_of_run(run) if run is not None else {})
+
+
+def _kinds_of_run(run: Path) -> dict[str, str]:
+    """Return modality -> media kind as a run's encoders take them."""
+    from mera_ds.model.encoders import ENCODERS
+    from mera_ds.sequence import open_run
+
+    modalities = open_run(run).config.modalities
+    return {
+        name: ENCODERS[entry.encoder.kind].media
+        for name, entry in modalities.items()
+        if entry.encoder.kind in ENCODERS
+    }
+
+
+def _decoder(folder: Path, kinds: Mapping[str, str]) -> Callable[[str, bytes, str], Any] | None:
+    """Return what decodes a folder's media; None if their kind is not known."""
     from mera_ds.data.decode import decode
     from mera_ds.shards.format import read_index
 
-    @functools.cache
-    def modality() -> str:
-        return read_index(folder).modality
-
-    return lambda extension, content, name: decode(modality(), extension, content, name)
+    try:
+        modality = read_index(folder).modality
+    except MeraError:
+        modality = "image"  # lint itself names what is wrong with the index
+    if modality not in kinds:
+        return None
+    return lambda extension, content, name: decode(kinds[modality], extension, content, name)
 
 
 def preview(arguments: argparse.Namespace) -> None:

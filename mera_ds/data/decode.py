@@ -9,7 +9,7 @@ import math
 import struct
 import tokenize
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mera_ds.errors import DataError
+from mera_ds.registry import DECODER, register
 from mera_ds.settings import require_known
 
 MAX_IMAGE_PIXELS = 64_000_000
@@ -256,3 +257,31 @@ DECODERS: dict[str, Callable[[bytes, str], Any]] = {
     "audio": _decode_audio,
     "pointcloud": _decode_points,
 }
+
+
+def register_decoder(
+    kind: str, extensions: Collection[str], function: Callable[[bytes, str], Any]
+) -> None:
+    """Add a plugin's kind of media.
+
+    Args:
+        kind: what encoders of this kind call their `media`.
+        extensions: the files it reads, e.g. `{"npy"}`.
+        function: (bytes, extension) -> the decoded medium. Whatever it raises becomes a `DataError`
+            that names the sample.
+
+    Raises:
+        InputError: if the name is taken.
+    """
+
+    def decoder(content: bytes, extension: str) -> Any:
+        if extension not in extensions:
+            raise _Unusable(
+                f"it ends with .{extension}; expected .{', .'.join(sorted(extensions))}"
+            )
+        try:
+            return function(content, extension)
+        except Exception as error:
+            raise _Unusable(f"{type(error).__name__}: {error}") from error
+
+    register(DECODER, DECODERS, kind, decoder)

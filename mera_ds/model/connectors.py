@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from mera_ds.errors import DataError, InputError
+from mera_ds.registry import CONNECTOR, register
 from mera_ds.settings import parse, require_known
 
 
@@ -339,6 +340,19 @@ def _name_in_bert(name: str) -> str:
 
 
 CONNECTORS: dict[str, type[Connector]] = {"mlp": MlpConnector, "qformer": QFormerConnector}
+
+
+def register_connector(kind: str, connector: type[Connector]) -> None:
+    """Add a plugin's connector: `Options`, `num_tokens`, `token_mask` and `forward`.
+
+    Raises:
+        InputError: if the name is taken, or the class is no connector.
+    """
+    if not (isinstance(connector, type) and issubclass(connector, Connector)):
+        raise InputError(f"connector kind '{kind}': {connector!r} is no subclass of Connector")
+    if not hasattr(connector, "Options"):
+        raise InputError(f"connector kind '{kind}': {connector.__name__} has no 'Options'")
+    register(CONNECTOR, CONNECTORS, kind, connector)
 
 
 def build_connector(

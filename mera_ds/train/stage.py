@@ -16,7 +16,7 @@ from mera_ds.data.replay import replay_sample
 from mera_ds.distributed import World, main_rank_first, process_group
 from mera_ds.features import ENCODE_BATCH, open_data
 from mera_ds.files import write_json
-from mera_ds.identity import base_sha256, product_key
+from mera_ds.identity import base_sha256, product_key, used_plugins
 from mera_ds.log import Metrics, logger
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.build import build_encoders, build_model, move_to
@@ -220,6 +220,7 @@ def _write(
             "seed": config.seed,
             "phase": step.phase,
             "data": dict(fingerprints),
+            "plugins": used_plugins(config, fingerprints),
         },
     )
     logger.info("%s: model %s in %s", step.name, manifest.model_sha256[:12], run / step.output)

@@ -1,6 +1,7 @@
 """Every command that the README prints, as printed, with real processes and the profile `tiny`.
 
-The block that compares two runs is executed in `tests/test_end_to_end.py`.
+The block that compares two runs is executed in `tests/test_end_to_end.py`, that on a modality of
+one's own in `tests/test_fifth_modality.py`.
 """
 
 import shlex
@@ -32,6 +33,7 @@ STEPS = "mera-ds init --profile tiny"
 TWO_RUNS = "mera-ds init runs/tiny/expert"
 SHARDS = "mera-ds shards build tiny"
 MERGE = "python launch/merge.py --previous"
+OWN_MODALITY = "cp -r examples/imu"
 ANOTHER_ORDER = "mera-ds init runs/r1"
 ZERO_3 = "torchrun --nproc-per-node 2 launch/stage.py"
 ONE_MODALITY = (
@@ -52,14 +54,20 @@ def inline(first: str) -> str:
 
 
 def test_no_block_is_untested() -> None:
-    first = (FIRST_SCREEN, LAUNCHERS, INSTALL, STEPS, TWO_RUNS, SHARDS, MERGE)
+    first = (FIRST_SCREEN, LAUNCHERS, INSTALL, STEPS, TWO_RUNS, SHARDS, OWN_MODALITY, MERGE)
     assert [block[0] for block in readme_blocks() if not block[0].startswith(first)] == []
 
 
 def test_no_command_in_the_text_is_untested() -> None:
     """What is not executed here needs the network, or is named without its arguments."""
     executed = (ANOTHER_ORDER, ZERO_3)
-    named = ("make ", "mera-ds plan", "mera-ds run RUN…", "pip install -e '.[flash]'")
+    named = (
+        "make ",
+        "mera-ds plan",
+        "mera-ds run RUN…",
+        "mera-ds add",
+        "pip install -e '.[flash]'",
+    )
     fetching = ("mera-ds pocket fetch", "mera-ds shards build pocket --source")
     known = executed + named + fetching
     assert [command for command in readme_inline() if not command.startswith(known)] == []

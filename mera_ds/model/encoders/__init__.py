@@ -1,12 +1,14 @@
 """Frozen encoders, one kind a name; `build_encoder` makes one from its configuration.
 
-A kind of one's own is a subclass of `Encoder` and an entry in `ENCODERS`.
+A kind of one's own is a subclass of `Encoder` in a plugin, see `mera_ds.plugin`.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mera_ds.errors import InputError
+from mera_ds.files import sha256_json
 from mera_ds.model.encoders.audio import AisfxEncoder
 from mera_ds.model.encoders.base import Encoder
 from mera_ds.model.encoders.pointcloud import DepthViewsEncoder
@@ -17,9 +19,10 @@ from mera_ds.model.encoders.tiny import (
     TinyVideoEncoder,
 )
 from mera_ds.model.encoders.visual import ImageEncoder, VideoEncoder
+from mera_ds.registry import DECODER, ENCODER, defining_plugins, register
 from mera_ds.settings import parse, require_known
 
-__all__ = ["ENCODERS", "Encoder", "build_encoder"]
+__all__ = ["ENCODERS", "Encoder", "build_encoder", "register_encoder"]
 
 ENCODERS: dict[str, type[Encoder]] = {
     "efficientnet-lite0": ImageEncoder,
@@ -32,6 +35,20 @@ ENCODERS: dict[str, type[Encoder]] = {
     "tiny-pointcloud": TinyPointCloudEncoder,
 }
 """Kind -> class."""
+
+
+def register_encoder(kind: str, encoder: type[Encoder]) -> None:
+    """Add a plugin's encoder: `media`, `Options`, `transform` and `forward`, see `Encoder`.
+
+    Raises:
+        InputError: if the name is taken, or the class is no encoder.
+    """
+    if not (isinstance(encoder, type) and issubclass(encoder, Encoder)):
+        raise InputError(f"encoder kind '{kind}': {encoder!r} is no subclass of Encoder")
+    for name in ("media", "Options"):
+        if not hasattr(encoder, name):
+            raise InputError(f"encoder kind '{kind}': {encoder.__name__} has no '{name}'")
+    register(ENCODER, ENCODERS, kind, encoder, [(DECODER, encoder.media)])
 
 
 def build_encoder(kind: str, options: Mapping[str, Any], weights: Path | None) -> Encoder:
@@ -48,4 +65,10 @@ def build_encoder(kind: str, options: Mapping[str, Any], weights: Path | None) -
     """
     require_known(kind, ENCODERS, "encoder kind")
     cls = ENCODERS[kind]
-    return cls(kind, parse(cls.Options, options, f"encoder '{kind}'"), weights)
+    encoder = cls(kind, parse(cls.Options, options, f"encoder '{kind}'"), weights)
+    if plugins := defining_plugins([(ENCODER, kind)]):
+        if not hasattr(encoder, "fingerprint"):
+            raise InputError(f"encoder '{kind}': its __init__ must end with self.freeze()")
+        # Code that was changed may give other features of the same weights and options.
+        encoder.fingerprint = sha256_json([encoder.fingerprint, sorted(plugins.values())])
+    return encoder
