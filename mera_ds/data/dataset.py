@@ -135,7 +135,8 @@ class UnitReader:
         text = self._data.text(unit)
         if not text.answers:
             raise DataError(f"{where} has no answer; rebuild the shard set")
-        question = self._caption_prompt if text.task == "caption" else text.question
+        caption = text.task == "caption"
+        question = self._caption_prompt if caption else self._prompts.ask(text.question)
         pieces = self._prompts.build(question, text.answers[0] if supervised else None, where)
         return Sample(
             id=where,
