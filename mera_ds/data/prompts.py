@@ -31,6 +31,10 @@ class TokenPieces:
     suffix: tuple[int, ...]
     answer: tuple[int, ...]
 
+    def __len__(self) -> int:
+        """Return the number of tokens of all pieces."""
+        return len(self.prefix) + len(self.suffix) + len(self.answer)
+
 
 class PromptBuilder:
     """Turns texts into token pieces in the styles of `PromptConfig`.
@@ -59,7 +63,7 @@ class PromptBuilder:
         bare = phase == "align" and config.align_style == "bare"
         self._style: Style = "bare" if bare else config.style
         self._space = ""
-        end = (self._eos,)
+        end: tuple[int, ...] = (self._eos,)
         if config.style == "chat":
             if not tokenizer.chat_template:
                 raise InputError(

@@ -68,7 +68,7 @@ def build_model(
         manifest = read_manifest(product)
         check_lineage(product, manifest, base_sha256(config, run))
         fold_lineage(llm, product, manifest)
-    width = int(llm.get_input_embeddings().embedding_dim)
+    width = int(llm.get_input_embeddings().weight.shape[1])  # type: ignore[union-attr,arg-type]
     connectors = {
         modality: _connector(config, run, product, manifest, modality, encoders[modality], width)
         for modality in modalities

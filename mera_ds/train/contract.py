@@ -5,7 +5,9 @@ features (`num_tokens`). One real sample of every modality is sent through both;
 samples are laid out, so that none is found too long after hours.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
+from heapq import nlargest
 
 import torch
 
@@ -16,8 +18,8 @@ from mera_ds.model.connectors import Connector
 from mera_ds.model.encoders import Encoder
 from mera_ds.model.mllm import MultimodalLM
 
-LONGEST = 16
-"""How many of the longest texts of a modality (in characters) are laid out in tokens."""
+LONGEST = 256
+"""How many texts of each modality and task, the longest in characters, are counted in tokens."""
 
 
 def check_token_counts(
@@ -38,13 +40,11 @@ def check_token_counts(
     for modality, part in mixture.items():
         if not part.units:
             continue
-        by_length = sorted(range(len(part.units)), key=part.lengths.__getitem__, reverse=True)
-        samples = [part.reader.read(part.units[place]) for place in by_length[:LONGEST]]
         encoder, connector = model.encoders[modality], model.connectors[modality]
         assert isinstance(connector, Connector)
-        _check_counts(model, encoder, connector, samples[0])
+        _check_counts(model, encoder, connector, part.reader.read(part.units[0]))
         media = connector.num_tokens(encoder.max_tokens)
-        _check_length(modality, samples, media, max_length)
+        _check_length(modality, part, media, max_length)
 
 
 @torch.no_grad()
@@ -81,15 +81,19 @@ def _check_counts(
         )
 
 
-def _check_length(modality: str, samples: list[Sample], media_tokens: int, max_length: int) -> None:
-    def text(sample: Sample) -> int:
-        return len(sample.prefix_ids) + len(sample.suffix_ids) + len(sample.answer_ids)
-
-    longest = max(samples, key=text)
-    length = text(longest) + media_tokens
+def _check_length(modality: str, part: MixturePart, media_tokens: int, max_length: int) -> None:
+    by_task: dict[str, list[int]] = defaultdict(list)
+    for place, unit in enumerate(part.units):
+        by_task[part.reader.task(unit)].append(place)
+    texts = {}
+    for places in by_task.values():
+        for place in nlargest(LONGEST, places, key=part.lengths.__getitem__):
+            texts[part.ids[place]] = len(part.reader.pieces(part.units[place]))
+    longest = max(texts, key=texts.__getitem__)
+    length = texts[longest] + media_tokens
     if length > max_length:
         raise InputError(
-            f"{longest.id} has {text(longest)} text tokens and its {modality} up to "
+            f"{longest} has {texts[longest]} text tokens and its {modality} up to "
             f"{media_tokens}: together {length}, {length - max_length} more than "
             f"prompt.max_length={max_length}; raise it, or take fewer tokens per medium"
         )

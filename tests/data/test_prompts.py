@@ -121,6 +121,7 @@ class TestChat:
 
 SYSTEM = "You see and hear."
 QUESTION = "What colour is it, up and left?"
+WITH_SYSTEM = ("llama3", "chatml", "qwen3")
 ANSWERS = ("red", "a square on a blue ground", "0.5 or 7")
 
 
@@ -132,13 +133,14 @@ def named(request: pytest.FixtureRequest) -> tuple[str, Any]:
 
 class TestFamilies:
     @pytest.mark.parametrize("answer", ANSWERS)
-    @pytest.mark.parametrize("system", [None, SYSTEM])
+    @pytest.mark.parametrize(
+        ("name", "system"),
+        [*((name, None) for name in TOKENIZERS), *((name, SYSTEM) for name in WITH_SYSTEM)],
+    )
     def test_the_pieces_are_those_of_the_whole_conversation_tokenised_in_one_go(
-        self, named: tuple[str, Any], answer: str, system: str | None
+        self, name: str, answer: str, system: str | None
     ) -> None:
-        name, tokenizer = named
-        if name == "mistral" and system is not None:
-            pytest.skip("its template knows no system text")
+        tokenizer = TOKENIZERS[name]()
         pieces = PromptBuilder(PromptConfig(system=system), tokenizer).build(QUESTION, answer, "x")
         marked = TOKENIZERS[name]()
         marked.add_tokens([AddedToken("<medium>", special=True, normalized=False)])
@@ -169,7 +171,7 @@ class TestFamilies:
         assert ids.count(tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
 
     def test_what_is_asked_is_the_generation_prompt(self, named: tuple[str, Any]) -> None:
-        name, tokenizer = named
+        _, tokenizer = named
         pieces = PromptBuilder(CHAT, tokenizer).build(QUESTION, None, "x")
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": f"M\n{QUESTION}"}],
@@ -189,9 +191,7 @@ class TestFamilies:
         assert "user" in prefix or prefix.endswith("[INST] ")
 
     def test_a_system_text_that_the_template_refuses_is_named(self) -> None:
-        with pytest.raises(
-            InputError, match=r"Only user and assistant.*leave prompt\.system empty"
-        ):
+        with pytest.raises(InputError, match=r"Only user and .*leave prompt\.system empty"):
             PromptBuilder(PromptConfig(system=SYSTEM), TOKENIZERS["mistral"]())
 
     def test_a_template_that_writes_no_special_token_leaves_the_end_token(self) -> None:
