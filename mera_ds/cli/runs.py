@@ -102,7 +102,8 @@ def _describe_training(run: "Run", step: TrainStep) -> str:
     try:
         texts = sum(_texts(run, part, settings.tasks) for part in step.data)
     except InputError:  # the shards aren't there yet
-        return f"{what}: steps of {settings.batch_size}, {settings.epochs} epochs"
+        times = "once" if settings.epochs == 1 else f"{settings.epochs} times"
+        return f"{what}: steps of {settings.batch_size}, through all {times}"
     steps = math.ceil(texts / settings.batch_size) * settings.epochs
     return (
         f"{what}: {min(steps, settings.max_steps or steps)} steps of {settings.batch_size} "
