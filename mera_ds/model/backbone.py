@@ -88,9 +88,9 @@ def _attention(config: BackboneConfig) -> tuple[str, str]:
     obstacle = _flash_obstacle(config)
     if config.attention == "flash_attention_2" and obstacle is not None:
         raise InputError(
-            f"backbone.attention is flash_attention_2, but {obstacle}; install it with "
-            '"pip install flash-attn --no-build-isolation" on a machine with CUDA, or set '
-            "backbone.attention=auto"
+            f"backbone.attention is flash_attention_2, but {obstacle}; set backbone.attention=auto "
+            "to take what can run here (on a machine with CUDA, flash-attn is installed with "
+            "'pip install flash-attn --no-build-isolation')"
         )
     if config.attention != "auto":
         return config.attention, "as configured"

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from mera_ds.batch import Batch, Features, Sample, pad_features
-from mera_ds.errors import InputError
+from mera_ds.errors import DataError, InputError
 from mera_ds.model.backbone import generation_ends
 from mera_ds.model.connectors import Connector
 from mera_ds.model.encoders import Encoder
@@ -129,6 +129,8 @@ class MultimodalLM(nn.Module):
             self._check_length(row, sample)
             rows.append(row)
             if counted[number]:
+                if not sample.answer_ids:
+                    raise DataError(f"{sample.id} has no token to learn from; it has no answer")
                 first = len(row) - len(sample.answer_ids)
                 positions += [(number, place - 1) for place in range(first, len(row))]
                 labels += sample.answer_ids

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mera_ds.batch import Batch, Sample
 from mera_ds.config import LoraConfig
-from mera_ds.errors import InputError
+from mera_ds.errors import DataError, InputError
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.connectors import build_connector
 from mera_ds.model.encoders import build_encoder
@@ -156,6 +156,11 @@ class TestLoss:
                 assert bool(gradient.any()) <= (name == modality)
         used = [name for name in found if name.startswith(f"connectors.{modality}.")]
         assert any(bool(found[name].any()) for name in used)
+
+    def test_a_sample_without_an_answer_is_an_error(self, modality: str) -> None:
+        unanswered = sample(1, modality, answered=False)
+        with pytest.raises(DataError, match="set/1#0 has no token to learn from"):
+            tiny_model()(batch([sample(0, modality), unanswered]))
 
     def test_what_lies_in_the_padding_has_no_influence(self, modality: str) -> None:
         model = tiny_model()
