@@ -45,7 +45,15 @@ class PromptConfig:
     """How a medium, a question and an answer become one token sequence."""
 
     style: Literal["plain", "chat"] = "chat"
-    """`chat`: the tokenizer's chat template; `plain`: media, question, newline, answer."""
+    """`chat`: the tokenizer's chat template; `plain`: medium, question, answer."""
+    system: str | None = None
+    """What the system says in style `chat`; None: what the template writes by itself."""
+    qa_suffix: str | None = None
+    """A line below every question, e.g. LLaVA's request for a single word or phrase."""
+    align_style: Literal["same", "bare"] = "same"
+    """Rows of align; `bare`: medium and caption alone, no instruction (LLaVA's stage 1)."""
+    align_end: Literal["end", "newline"] = "end"
+    """What a `bare` caption ends with: the end token, as everywhere, or LLaVA's newline."""
     max_length: int = 2048
     """Longest row in tokens, media included; a longer sample is an error."""
 
@@ -260,12 +268,32 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MERA_CACHE") or Path.home() / ".cache" / "mera-ds")
 
 
+def weights_folder() -> Path:
+    """Return where official weights are looked for: $MERA_WEIGHTS or ~/mera/weights."""
+    return Path(os.environ.get("MERA_WEIGHTS") or Path.home() / "mera" / "weights")
+
+
+def shards_folder() -> Path:
+    """Return where the datasets' shard sets are looked for: $MERA_SHARDS or ~/mera/shards."""
+    return Path(os.environ.get("MERA_SHARDS") or Path.home() / "mera" / "shards")
+
+
 def resolve_path(text: str, run: Path) -> Path:
-    """Return a configured path with `{run}`, `{cache}` and `{repository}` filled in."""
-    places = {"run": run, "cache": cache_folder(), "repository": REPOSITORY}
+    """Return a configured path with its places filled in.
+
+    They are `{run}`, `{cache}`, `{repository}`, `{weights}` and `{shards}`.
+    """
+    places = {
+        "run": run,
+        "cache": cache_folder(),
+        "repository": REPOSITORY,
+        "weights": weights_folder(),
+        "shards": shards_folder(),
+    }
     try:
         return Path(text.format(**places)).expanduser()
     except (KeyError, IndexError, ValueError, AttributeError):
         raise InputError(
-            f"path '{text}' holds an unknown place; valid: {{run}}, {{cache}}, {{repository}}"
+            f"path '{text}' holds an unknown place; valid: "
+            f"{', '.join(f'{{{name}}}' for name in places)}"
         ) from None

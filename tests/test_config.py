@@ -114,6 +114,16 @@ class TestPaths:
         assert resolve_path("~/a", tmp_path) == Path.home() / "a"
         assert resolve_path("/data/a", tmp_path) == Path("/data/a")
 
+    def test_weights_and_shards_lie_where_variables_say(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("weights", "shards"):
+            monkeypatch.delenv(f"MERA_{name.upper()}", raising=False)
+            home = Path.home() / "mera" / name
+            assert resolve_path(f"{{{name}}}/a", tmp_path) == home / "a"
+            monkeypatch.setenv(f"MERA_{name.upper()}", str(tmp_path / name))
+            assert resolve_path(f"{{{name}}}/a", tmp_path) == tmp_path / name / "a"
+
     @pytest.mark.parametrize("text", ["{home}/a", "{}/a", "{run/a", "{0}/a", "{run.nowhere}/a"])
     def test_an_unknown_place_is_named(self, tmp_path: Path, text: str) -> None:
         with pytest.raises(InputError, match=r"holds an unknown place; valid: \{run\}, \{cache\}"):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mera_ds"
 LAYERS = (
     {"errors", "files", "hardware", "settings", "config", "plan", "batch", "distributed", "log"},
-    {"shards", "checkpoint", "identity", "registry"},
+    {"shards", "checkpoint", "identity", "registry", "doctor"},
     {"data", "model", "merge", "recipes", "pocket"},
     {"features", "plugin"},
     {"train", "evaluate"},
@@ -24,7 +24,10 @@ LAYERS = (
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 PEERS_MAY_IMPORT = (0, 1, 7)
 """Layers whose units build on each other (never in a circle); in the others they may not."""
-WITHOUT_TORCH = ("errors", "files", "settings", "config", "plan", "methods", "report", "cli")
+WITHOUT_TORCH = (
+    *("errors", "files", "settings", "config", "plan", "methods"),
+    *("doctor", "report", "cli"),
+)
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = [*MODULES, *sorted((ROOT / "launch").glob("*.py"))]
 

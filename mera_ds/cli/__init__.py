@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mera_ds.cli import runs, shards
+from mera_ds.cli.doctor import doctor
 from mera_ds.cli.launch import DEFAULT_RUN, guarded, parse_with_overrides
 from mera_ds.config import profile_names
 
@@ -73,6 +74,11 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     status = commands.add_parser("status", help="what is finished and what is left")
     status.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
     status.set_defaults(command=runs.status)
+
+    check = commands.add_parser("doctor", help="is everything there that a run needs?")
+    check.add_argument("run", type=Path, nargs="?")
+    check.add_argument("--profile", help="look before there is a run")
+    check.set_defaults(command=doctor, overrides=())
 
     report = commands.add_parser("report", help="tables and figures of some runs")
     report.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])

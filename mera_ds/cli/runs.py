@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mera_ds.config import RunConfig, load_profile, resolve_path, save_config
+from mera_ds.doctor import missing_paths
 from mera_ds.errors import InputError, MeraError
 from mera_ds.log import set_up_console
 from mera_ds.methods import make_plan
@@ -77,6 +78,8 @@ def plan(arguments: argparse.Namespace) -> None:
         print(f"{folder}: {run.plan.method} on {' → '.join(run.config.order)}")
         for number, step in enumerate(run.plan.steps, start=1):
             print(f"  {number:2d}  {step.name:24s} {_describe(run, step)}")
+        if missing_paths(run.config, folder):
+            print(f"  files are missing: run 'mera-ds doctor {folder}'")
 
 
 def _describe(run: "Run", step: Step) -> str:
@@ -94,11 +97,15 @@ def _describe_training(run: "Run", step: TrainStep) -> str:
         part.modality if part.percent == 100 else f"{part.percent:g} % of {part.modality}"
         for part in step.data
     )
-    texts = sum(_texts(run, part, settings.tasks) for part in step.data)
+    what = f"train {', '.join(step.trainable)} on {'+'.join(settings.tasks)} of {shares}"
+    try:
+        texts = sum(_texts(run, part, settings.tasks) for part in step.data)
+    except InputError:  # the shards aren't there yet
+        times = "once" if settings.epochs == 1 else f"{settings.epochs} times"
+        return f"{what}: steps of {settings.batch_size}, through all {times}"
     steps = math.ceil(texts / settings.batch_size) * settings.epochs
     return (
-        f"train {', '.join(step.trainable)} on {'+'.join(settings.tasks)} of {shares}: "
-        f"{min(steps, settings.max_steps or steps)} steps of {settings.batch_size} "
+        f"{what}: {min(steps, settings.max_steps or steps)} steps of {settings.batch_size} "
         f"({texts} texts)"
     )
 

@@ -112,7 +112,8 @@ def _predictions(
                     move_to(model, encoders, world.device)
                     model.eval()
                 items = test_items(data, dataset, task, config.evaluate.limit)
-                said = predict(model, tokenizer, data, reader, items, config.evaluate)
+                ends = prompts.end_ids
+                said = predict(model, tokenizer, data, reader, items, config.evaluate, ends)
                 save_predictions(path, said)
             found[(dataset, modality, task)] = load_predictions(path)
     return found
