@@ -22,8 +22,10 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 NESTED = ("state_dict", "model")
 """Where a file keeps its tensors if not at its top."""
 
+_serialization: Any = torch.serialization
+
 _BROKEN = (
-    torch.serialization.pickle.UnpicklingError,
+    _serialization.pickle.UnpicklingError,
     RuntimeError,
     OSError,
     EOFError,
@@ -83,7 +85,7 @@ def read_official(path: Path, owner: str) -> OfficialFile:
         return _read_torch(path)
     try:
         with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
             return OfficialFile(tensors, file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a readable safetensors file: {error}") from None
@@ -96,7 +98,7 @@ def _read_torch(path: Path) -> OfficialFile:
     except _BROKEN as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{path} is no file of torch.save that holds tensors and plain containers alone: {cause}"
+            f"{path} is no file of torch.save with tensors and plain containers alone: {cause}"
         ) from None
     if not isinstance(content, Mapping):
         raise DataError(f"{path} holds a {type(content).__name__}, not a state dict")

@@ -81,8 +81,8 @@ def read_config(file: OfficialFile, options: BeatsOptions, path: Path) -> BeatsC
 class BeatsEncoder(Encoder):
     """Kind `beats`: a clip -> 8 tokens of width 768 for every 0.16 s (10 s: 496, 30 s: 1496).
 
-    A clip of n samples at 16 kHz has T = 1 + (n - 400) // 160 frames and T // 16 · 8 tokens. One too
-    short for a token, or empty, is followed by silence up to 0.175 s, which has 8.
+    A clip of n samples at 16 kHz has T = 1 + (n - 400) // 160 frames and T // 16 · 8 tokens. One
+    that is too short for a token, or empty, is followed by silence up to 0.175 s, which has 8.
     """
 
     Options = BeatsOptions

@@ -6,6 +6,7 @@ clips, T frames, N tokens, D width, H heads, Q queries, K keys.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -216,7 +217,8 @@ class Transformer(nn.Module):
         position = None
         if config.relative_position_embedding:
             position = nn.Embedding(config.num_buckets, config.encoder_attention_heads)
-        self.layers = nn.ModuleList(Layer(config, position) for _ in range(config.encoder_layers))
+        layers = (Layer(config, position) for _ in range(config.encoder_layers))
+        self.layers: Any = nn.ModuleList(layers)
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
         """(B, N, D) -> (B, N, D); `padding` (B, N) is True on tokens that don't count."""
@@ -234,10 +236,10 @@ class Transformer(nn.Module):
         """Return the bias (H, Q, K) of `count` tokens."""
         if not self.config.relative_position_embedding:
             return None
-        table = self.layers[0].self_attn.relative_attention_bias
-        place = torch.arange(count, device=table.weight.device)
-        distances = torch.arange(1 - count, count, device=table.weight.device)
-        biases = table(relative_buckets(distances, self.config)).T
+        table = self.layers[0].self_attn.relative_attention_bias.weight
+        place = torch.arange(count, device=table.device)
+        distances = torch.arange(1 - count, count, device=table.device)
+        biases = table[relative_buckets(distances, self.config)].T
         return biases[:, place[None, :] - place[:, None] + count - 1]
 
 
@@ -252,10 +254,9 @@ class BeatsNetwork(nn.Module):
             1, config.embed_dim, patch, stride=patch, bias=config.conv_bias
         )
         self.layer_norm = nn.LayerNorm(config.embed_dim)
+        self.post_extract_proj: nn.Module = nn.Identity()
         if config.embed_dim != width:
             self.post_extract_proj = nn.Linear(config.embed_dim, width)
-        else:
-            self.post_extract_proj = nn.Identity()
         self.encoder = Transformer(config)
 
     def forward(self, logs: Tensor, padding: Tensor | None) -> Tensor:

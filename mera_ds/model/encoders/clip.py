@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mera_ds.batch import Features
@@ -123,8 +123,8 @@ def pool_patches(tokens: Tensor, pooling: int) -> Tensor:
     return pooled.flatten(2).transpose(1, 2)
 
 
-def locate_clip(weights: Path, kind: str) -> tuple[Path, CLIPVisionConfig]:
-    """Return the weight file of a Hugging Face folder (or of itself), and its architecture.
+def locate_clip(weights: Path, kind: str) -> tuple[Path, Any]:
+    """Return the weight file of a Hugging Face folder (or a given one), and its `CLIPVisionConfig`.
 
     A file without a `config.json` beside it is taken for ViT-L/14-336.
 
@@ -153,7 +153,7 @@ def locate_clip(weights: Path, kind: str) -> tuple[Path, CLIPVisionConfig]:
     return path, config
 
 
-def load_clip(path: Path, config: CLIPVisionConfig, dtype: Dtype, kind: str) -> CLIPVisionModel:
+def load_clip(path: Path, config: Any, dtype: Dtype, kind: str) -> nn.Module:
     """Build the network but for its last layer, with the weights of a CLIP or of its image tower.
 
     Raises:
@@ -166,7 +166,7 @@ def load_clip(path: Path, config: CLIPVisionConfig, dtype: Dtype, kind: str) -> 
         last = config.num_hidden_layers - 1
         config.num_hidden_layers = last
         config._attn_implementation = _attention(dtype)
-        network = CLIPVisionModel(config)
+        network: nn.Module = CLIPVisionModel(config)
     kept = {k: v for k, v in state.items() if not k.startswith(f"encoder.layers.{last}.")}
     tower = _tower(network)
     load_exactly(tower, kept, path, kind)
@@ -175,7 +175,7 @@ def load_clip(path: Path, config: CLIPVisionConfig, dtype: Dtype, kind: str) -> 
     return network.to(DTYPES[dtype])
 
 
-def _tower(network: CLIPVisionModel) -> Any:
+def _tower(network: nn.Module) -> Any:
     """Return the module whose names are those of the files: transformers 5.0 wraps it."""
     return getattr(network, "vision_model", network)
 
@@ -185,11 +185,8 @@ def _attention(dtype: Dtype) -> str:
     return "flash_attention_2" if half and importlib.util.find_spec("flash_attn") else "sdpa"
 
 
-class ClipEncoder(Encoder):
-    """Kind `clip-vit`: one image -> a token per patch, row by row (576 of width 1024)."""
-
-    Options: type[Any] = ClipOptions
-    media = "image"
+class ClipNetworkEncoder(Encoder):
+    """What the kinds have in common that show pictures to a CLIP."""
 
     def __init__(self, kind: str, options: Any, weights: Path | None) -> None:
         super().__init__(kind, options, weights)
@@ -204,17 +201,13 @@ class ClipEncoder(Encoder):
 
     @property
     def pictures(self) -> int:
-        """How many pictures make one medium."""
+        """How many pictures make one medium; all tokens of all of them are real."""
         return 1
 
     @property
     def pooling(self) -> int:
         """Side of the squares of patches that become one token."""
         return 1
-
-    def transform(self, media: Image.Image) -> Tensor:
-        """RGB image -> pixel values (1, 3, size, size)."""
-        return preprocess(media, self.size, self.options.aspect)[None]
 
     @torch.no_grad()
     def forward(self, inputs: Sequence[Tensor]) -> Features:
@@ -229,7 +222,18 @@ class ClipEncoder(Encoder):
         return Features(values, mask)
 
 
-class ClipFramesEncoder(ClipEncoder):
+class ClipEncoder(ClipNetworkEncoder):
+    """Kind `clip-vit`: one image -> a token per patch, row by row (576 of width 1024)."""
+
+    Options = ClipOptions
+    media = "image"
+
+    def transform(self, media: Image.Image) -> Tensor:
+        """RGB image -> pixel values (1, 3, size, size)."""
+        return preprocess(media, self.size, self.options.aspect)[None]
+
+
+class ClipFramesEncoder(ClipNetworkEncoder):
     """Kind `clip-vit-frames`: a clip -> its frames' pooled tokens in order of time (4 x 144).
 
     The paper pools before the connector (Appendix B).
