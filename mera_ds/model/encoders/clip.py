@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -146,7 +147,7 @@ def locate_clip(weights: Path, kind: str) -> tuple[Path, Any]:
         values = {name: content[name] for name in ARCHITECTURE if name in content}
     try:
         config = CLIPVisionConfig(**values)
-    except (TypeError, ValueError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise DataError(f"{folder / 'config.json'} describes no CLIP network: {error}") from None
     if config.num_hidden_layers < 2:
         raise DataError(f"{folder / 'config.json'}: features need at least two layers")

@@ -161,8 +161,10 @@ def config(cfg: dict[str, Any]) -> BeatsConfig:
 
 @pytest.mark.parametrize(
     ("relative", "expected"),
-    [(0, 0), (-1, 1), (1, 161), (79, 239), (80, 240), (100, 247), (200, 271), (400, 295)]
-    + [(799, 319), (800, 319), (5000, 319), (-5000, 159), (-100, 87)],
+    [
+        *((0, 0), (-1, 1), (1, 161), (79, 239), (80, 240), (100, 247), (200, 271), (400, 295)),
+        *((799, 319), (800, 319), (5000, 319), (-5000, 159), (-100, 87)),
+    ],
 )
 def test_relative_positions_fall_into_the_official_buckets(relative: int, expected: int) -> None:
     assert relative_buckets(torch.tensor([relative]), config(BEATS_CFG)).tolist() == [expected]

@@ -129,7 +129,7 @@ def test_pixel_values_are_those_of_the_published_processor() -> None:
         assert (preprocess(image, 336, "pad") - published(canvas)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("size", [(20_000, 3), (1, 9_000), (9_000, 8_500)])
+@pytest.mark.parametrize("size", [(20_000, 3), (1, 9_000), (8_300, 200)])
 @pytest.mark.parametrize("aspect", ["pad", "square"])
 def test_extreme_pictures_take_little_memory(size: tuple[int, int], aspect: Any) -> None:
     pixels = preprocess(Image.new("RGB", size, (255, 0, 0)), 56, aspect)
