@@ -5,7 +5,7 @@ Shape letters: B media, N feature tokens, D feature width, C channels, H and W p
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,7 +35,7 @@ class Encoder(nn.Module):
     max_tokens: int
     """Largest N that `forward` can give."""
     fingerprint: str
-    """SHA-256 over kind, revision, options and weights."""
+    """SHA-256 over kind, revision, options, architecture and weights."""
 
     def __init__(self, kind: str, options: Any, weights: Path | None) -> None:
         super().__init__()
@@ -53,8 +53,12 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
-    def freeze(self) -> None:
-        """Fix weights and mode, and take the fingerprint; the last act of a constructor."""
+    def freeze(self, architecture: Mapping[str, Any] | None = None) -> None:
+        """Fix weights and mode, and take the fingerprint; the last act of a constructor.
+
+        Args:
+            architecture: what else decides the features if a weight file brings it along.
+        """
         self.requires_grad_(False)
         self.eval()
         digest = hashlib.sha256()
@@ -66,6 +70,7 @@ class Encoder(nn.Module):
                 "kind": self.kind,
                 "revision": self.revision,
                 "options": dataclasses.asdict(self.options),
+                "architecture": dict(architecture or {}),
                 "weights": digest.hexdigest(),
             }
         )

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,7 +106,7 @@ class BeatsEncoder(Encoder):
         self.shortest = WINDOW + (config.input_patch_size - 1) * HOP
         self.longest = max(round(options.max_seconds * SAMPLE_RATE), self.shortest)
         self.max_tokens = self.num_tokens(self.longest)
-        self.freeze()
+        self.freeze(asdict(config))
         self._filters = mel_filters()
 
     def num_tokens(self, samples: int) -> int:

@@ -5,7 +5,7 @@ Features are the patch tokens of the second-last layer, without the final norm (
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -142,16 +142,27 @@ def locate_clip(weights: Path, kind: str) -> tuple[Path, Any]:
         path = found[0]
     values: dict[str, Any] = VIT_L_14_336
     if (folder / "config.json").is_file():
-        content = read_json(folder / "config.json")
-        content = content.get("vision_config", content)
-        values = {name: content[name] for name in ARCHITECTURE if name in content}
+        values = _architecture(folder / "config.json")
     try:
-        config = CLIPVisionConfig(**values)
+        return path, CLIPVisionConfig(**values)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise DataError(f"{folder / 'config.json'} describes no CLIP network: {error}") from None
-    if config.num_hidden_layers < 2:
-        raise DataError(f"{folder / 'config.json'}: features need at least two layers")
-    return path, config
+
+
+def _architecture(path: Path) -> dict[str, Any]:
+    """Return what a `config.json` of a CLIP or of its image tower says of the tower."""
+    content = read_json(path)
+    if isinstance(content, Mapping):
+        content = content.get("vision_config", content)
+    if not isinstance(content, Mapping):
+        raise DataError(f"{path} describes no CLIP network: it holds no settings")
+    values = {name: content[name] for name in ARCHITECTURE if name in content}
+    for name in VIT_L_14_336:
+        least = 2 if name == "num_hidden_layers" else 1  # features are the second-last layer's
+        value = values.get(name, least)
+        if type(value) is not int or value < least:
+            raise DataError(f"{path}: {name} is {value!r}; it must be at least {least}")
+    return values
 
 
 def load_clip(path: Path, config: Any, dtype: Dtype, kind: str) -> nn.Module:
@@ -198,7 +209,7 @@ class ClipNetworkEncoder(Encoder):
         grid = -(-(self.size // config.patch_size) // self.pooling)
         self.max_tokens = self.pictures * grid**2
         self.network = load_clip(path, config, options.dtype, kind)
-        self.freeze()
+        self.freeze({name: getattr(config, name) for name in ARCHITECTURE})
 
     @property
     def pictures(self) -> int:

@@ -187,7 +187,9 @@ def test_absent_keys_of_cfg_have_the_official_defaults(tmp_path: Path) -> None:
     cfg = {k: v for k, v in SMALL_BEATS.items() if k not in ("deep_norm", "max_distance")}
     state = write_beats(tmp_path / "beats.pt", SMALL_BEATS)
     torch.save({"cfg": cfg, "model": state}, tmp_path / "other.pt")
-    values, _ = features(build_encoder("beats", {}, tmp_path / "other.pt"), noise(8_200))
+    encoder = build_encoder("beats", {}, tmp_path / "other.pt")
+    assert encoder.fingerprint != build_encoder("beats", {}, tmp_path / "beats.pt").fingerprint
+    values, _ = features(encoder, noise(8_200))
     defaults = SMALL_BEATS | {"deep_norm": False, "max_distance": 1280}
     expected = reference(state, defaults, logs_of(noise(8_200))[0], [False] * 24)
     assert (values[0] - expected).abs().max() < 2e-5

@@ -177,16 +177,27 @@ def test_files_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None
         ({"num_hidden_layers": 2}, r"holds 'encoder\.layers\.2"),
         ({"patch_size": 7}, "has shape"),
         ({"num_attention_heads": 5}, "describes no CLIP network"),
-        ({"num_hidden_layers": 1}, "at least two layers"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers is 1; it must be at least 2"),
+        ({"image_size": [56, 56]}, "image_size is"),
     ):
         config.write_text(json.dumps({"vision_config": SMALL_CLIP | change}))
         with pytest.raises(DataError, match=message):
             build_encoder("clip-vit", {}, folder)
+    config.write_text("[1]")
+    with pytest.raises(DataError, match="holds no settings"):
+        build_encoder("clip-vit", {}, folder)
     config.write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         build_encoder("clip-vit", {}, folder)
     with pytest.raises(InputError, match="holds none of"):
         build_encoder("clip-vit", {}, tmp_path)
+
+
+def test_the_fingerprint_covers_what_config_json_alone_says(folder: Path) -> None:
+    first = build_encoder("clip-vit", {}, folder).fingerprint
+    config = SMALL_CLIP | {"num_attention_heads": 8}
+    (folder / "config.json").write_text(json.dumps({"vision_config": config}))
+    assert build_encoder("clip-vit", {}, folder).fingerprint != first
 
 
 def test_the_computation_can_be_halved(folder: Path) -> None:

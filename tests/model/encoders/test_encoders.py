@@ -1,5 +1,7 @@
 """Encoders: frozen, deterministic, of the published architectures, and of use to a linear probe."""
 
+import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mera_ds.config import cache_folder
+from mera_ds.config import REPOSITORY, ModalityConfig, cache_folder, parse
 from mera_ds.errors import DataError, InputError, MeraError
+from mera_ds.model.connectors import CONNECTORS
 from mera_ds.model.encoders import ENCODERS, Encoder, build_encoder
 from mera_ds.model.encoders.audio import (
     LOUDEST,
@@ -481,6 +485,24 @@ def test_weights_must_fit_exactly(random_weights: dict[str, Path | None], tmp_pa
         build_encoder("aisfx", {}, path)
     with pytest.raises(InputError, match="do not exist"):
         build_encoder("aisfx", {}, tmp_path / "nowhere.safetensors")
+
+
+def test_the_readmes_example_and_tables_name_real_options() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## The paper's own encoders")[2].partition("\n## ")[0]
+    example = yaml.safe_load(section.partition("```yaml")[2].partition("```")[0])
+    for name, values in example["modalities"].items():
+        entry = parse(ModalityConfig, values, name)
+        parse(ENCODERS[entry.encoder.kind].Options, entry.encoder.options, name)
+        parse(CONNECTORS[entry.connector.kind].Options, entry.connector.options, name)
+    rows = re.findall(r"^\| `([\w-]+)` \| .* \| (.*) \| .* × .* \|$", section, re.MULTILINE)
+    assert [kind for kind, _ in rows] == ["clip-vit", "clip-vit-frames", "beats", "point-bert"]
+    for kind, options in rows:
+        known = {entry.name: entry.default for entry in dataclasses.fields(ENCODERS[kind].Options)}
+        assert "dtype" in known
+        for name, default in re.findall(r"`(\w+)` \((?:(\d+)|[^)]*)\)", options):
+            assert name in known
+            assert not default or known[name] == float(default)
 
 
 @pytest.fixture(scope="module")
