@@ -4,6 +4,7 @@ Features are the patch tokens of the second-last layer, without the final norm (
 2021; Liu et al. 2024). The last layer is never built.
 """
 
+import copy
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.activations import ACT2FN
 
 from mera_ds.batch import Features
 from mera_ds.config import Dtype
@@ -162,6 +164,8 @@ def _architecture(path: Path) -> dict[str, Any]:
         value = values.get(name, least)
         if type(value) is not int or value < least:
             raise DataError(f"{path}: {name} is {value!r}; it must be at least {least}")
+    if values.get("hidden_act", "quick_gelu") not in ACT2FN:
+        raise DataError(f"{path}: hidden_act '{values['hidden_act']}' is unknown to transformers")
     return values
 
 
@@ -173,12 +177,13 @@ def load_clip(path: Path, config: Any, dtype: Dtype, kind: str) -> nn.Module:
     """
     state = below_prefix(read_official(path, f"encoder '{kind}'").tensors, ["vision_model."])
     state.pop("embeddings.position_ids", None)  # older files hold this buffer
+    last = config.num_hidden_layers - 1
+    shortened = copy.deepcopy(config)
+    shortened.num_hidden_layers = last
+    shortened._attn_implementation = _attention(dtype)
     with torch.device("meta"):
         require_exact(state, _tower(CLIPVisionModel(config)).state_dict(), path, kind)
-        last = config.num_hidden_layers - 1
-        config.num_hidden_layers = last
-        config._attn_implementation = _attention(dtype)
-        network: nn.Module = CLIPVisionModel(config)
+        network: nn.Module = CLIPVisionModel(shortened)
     kept = {k: v for k, v in state.items() if not k.startswith(f"encoder.layers.{last}.")}
     tower = _tower(network)
     load_exactly(tower, kept, path, kind)

@@ -179,6 +179,7 @@ def test_files_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None
         ({"num_attention_heads": 5}, "describes no CLIP network"),
         ({"num_hidden_layers": 1}, "num_hidden_layers is 1; it must be at least 2"),
         ({"image_size": [56, 56]}, "image_size is"),
+        ({"hidden_act": "quick"}, "hidden_act 'quick' is unknown"),
     ):
         config.write_text(json.dumps({"vision_config": SMALL_CLIP | change}))
         with pytest.raises(DataError, match=message):
