@@ -8,7 +8,8 @@
 from mera_ds.batch import Features, pad_features
 from mera_ds.data.decode import register_decoder
 from mera_ds.errors import DataError, InputError
-from mera_ds.model.connectors import Connector, ConnectorOptions, register_connector
+from mera_ds.model.connectors import Connector, register_connector
+from mera_ds.model.connectors.base import ConnectorOptions
 from mera_ds.model.encoders import Encoder, register_encoder
 from mera_ds.model.encoders.base import load_weights
 

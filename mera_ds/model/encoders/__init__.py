@@ -11,6 +11,9 @@ from mera_ds.errors import InputError
 from mera_ds.files import sha256_json
 from mera_ds.model.encoders.audio import AisfxEncoder
 from mera_ds.model.encoders.base import Encoder
+from mera_ds.model.encoders.beats import BeatsEncoder
+from mera_ds.model.encoders.clip import ClipEncoder, ClipFramesEncoder
+from mera_ds.model.encoders.point_bert import PointBertEncoder
 from mera_ds.model.encoders.pointcloud import DepthViewsEncoder
 from mera_ds.model.encoders.tiny import (
     TinyAudioEncoder,
@@ -25,6 +28,10 @@ from mera_ds.settings import parse, require_known
 __all__ = ["ENCODERS", "Encoder", "build_encoder", "register_encoder"]
 
 ENCODERS: dict[str, type[Encoder]] = {
+    "clip-vit": ClipEncoder,
+    "clip-vit-frames": ClipFramesEncoder,
+    "beats": BeatsEncoder,
+    "point-bert": PointBertEncoder,
     "efficientnet-lite0": ImageEncoder,
     "efficientnet-lite0-frames": VideoEncoder,
     "aisfx": AisfxEncoder,
@@ -57,7 +64,7 @@ def build_encoder(kind: str, options: Mapping[str, Any], weights: Path | None) -
     Args:
         kind: a name in `ENCODERS`.
         options: the kind's own options; see its `Options`.
-        weights: safetensors file, or None for the kinds without one (`tiny-*`).
+        weights: file (for `clip-vit*` also a folder), or None for the kinds without (`tiny-*`).
 
     Raises:
         InputError: on an unknown kind or option, or weights that are missing or not wanted.
