@@ -27,7 +27,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mera_ds.config import parse
 from mera_ds.errors import DataError, InputError
 from mera_ds.files import (
     committed_folder,
@@ -38,6 +37,7 @@ from mera_ds.files import (
     sha256_json,
     write_json,
 )
+from mera_ds.settings import parse
 
 MANIFEST = "manifest.json"
 SCHEMA = 1

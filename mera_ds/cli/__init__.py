@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mera_ds.cli import runs, shards
+from mera_ds.cli.doctor import doctor
 from mera_ds.cli.launch import DEFAULT_RUN, guarded, parse_with_overrides
 from mera_ds.config import profile_names
 
@@ -52,6 +53,11 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     init.add_argument("--method", help="shorthand for the override method=…")
     init.set_defaults(command=runs.init, overrides=())
 
+    add = commands.add_parser("add", help="add a modality to a run, finished or not")
+    add.add_argument("run", type=Path, help="the run's folder")
+    add.add_argument("file", type=Path, help="YAML of the modality, e.g. examples/imu/imu.yaml")
+    add.set_defaults(command=runs.add)
+
     plan = commands.add_parser("plan", help="print every step of runs before anything is done")
     plan.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
     plan.set_defaults(command=runs.plan)
@@ -68,6 +74,11 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     status = commands.add_parser("status", help="what is finished and what is left")
     status.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
     status.set_defaults(command=runs.status)
+
+    check = commands.add_parser("doctor", help="is everything there that a run needs?")
+    check.add_argument("run", type=Path, nargs="?")
+    check.add_argument("--profile", help="look before there is a run")
+    check.set_defaults(command=doctor, overrides=())
 
     report = commands.add_parser("report", help="tables and figures of some runs")
     report.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
@@ -101,7 +112,12 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         nargs="*",
         help="shard folders, at any depth; with --run or --profile the default is all of theirs",
     )
-    lint.add_argument("--run", type=Path, help="also check every text with this run's tokenizer")
+    lint.add_argument("--plugin", type=Path, action="append", default=[], help="file that decodes")
+    lint.add_argument(
+        "--run",
+        type=Path,
+        help="decode as this run does, and check every text with its tokenizer",
+    )
     lint.add_argument("--profile", help="the same for a profile that is no run yet")
     lint.set_defaults(command=shards.lint)
 

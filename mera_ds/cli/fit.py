@@ -8,6 +8,7 @@ from typing import Any
 from mera_ds.cli.launch import DEFAULT_RUN
 from mera_ds.config import RunConfig, load_config, load_profile, resolve_path
 from mera_ds.errors import InputError
+from mera_ds.registry import load_plugins
 
 
 class RunFit:
@@ -23,30 +24,27 @@ class RunFit:
             raise InputError("give --run or --profile, not both")
         self._run = run or Path(DEFAULT_RUN)
         self._config: RunConfig = load_profile(profile) if profile else load_config(self._run)
+        load_plugins(self._config, self._run)
 
     def folders(self) -> list[Path]:
         """Return the shard folders that the run uses."""
         return [folder for modality in self._config.modalities for folder in self._data(modality)]
 
+    def uses(self, folder: Path) -> bool:
+        """Say whether `<dataset>/<split>` is one of the run's shard sets."""
+        return bool(self._modalities(folder))
+
     def problems(self, folder: Path) -> list[str]:
-        """Return what does not fit in `<dataset>/<split>`.
+        """Return what does not fit in one of the run's shard sets.
 
         Raises:
-            InputError: the run doesn't use this folder, or its weights are missing.
+            InputError: the run's weights are missing.
         """
         from mera_ds.data.fit import text_problems
 
-        used = [
-            modality
-            for modality in self._config.modalities
-            if folder.parent.resolve() in [path.resolve() for path in self._data(modality)]
-        ]
-        if not used:
-            names = ", ".join(map(str, self.folders()))
-            raise InputError(f"{folder} is none of the shard sets of this run; they are {names}")
         return [
             problem
-            for modality in used
+            for modality in self._modalities(folder)
             for problem in text_problems(
                 folder,
                 self._prompts,
@@ -54,6 +52,13 @@ class RunFit:
                 self._medium_tokens(modality),
                 self._config.prompt.max_length,
             )
+        ]
+
+    def _modalities(self, folder: Path) -> list[str]:
+        return [
+            modality
+            for modality in self._config.modalities
+            if folder.parent.resolve() in [path.resolve() for path in self._data(modality)]
         ]
 
     def _data(self, modality: str) -> Sequence[Path]:

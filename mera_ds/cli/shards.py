@@ -1,14 +1,13 @@
 """The commands `mera-ds shards …` and `mera-ds pocket fetch`."""
 
 import argparse
-import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mera_ds.config import cache_folder
-from mera_ds.errors import DataError, InputError
+from mera_ds.errors import DataError, InputError, MeraError
 
 
 def build(arguments: argparse.Namespace) -> None:
@@ -43,17 +42,24 @@ def lint(arguments: argparse.Namespace) -> None:
     fit = None
     if arguments.run is not None or arguments.profile is not None:
         fit = RunFit(arguments.run, arguments.profile)
+    kinds = _media_kinds(arguments.plugin, arguments.run)
     roots = arguments.folders or (fit.folders() if fit else [])
     if not roots:
         raise InputError("name the shard folders to check, or a run with --run")
     folders = _shard_folders(roots)
     problems = []
     for folder in folders:
-        found = lint_folder(folder, _decoder(folder))
-        if fit and not found:
+        decoder = _decoder(folder, kinds)
+        found = lint_folder(folder, decoder)
+        used = fit is not None and fit.uses(folder)
+        if fit and used and not found:
             found = fit.problems(folder)
-        fits = " and fits the run" if fit else ""
+        fits = " and fits the run" if used else ""
         print(f"{folder}: {'sound' + fits if not found else f'{len(found)} problems'}")
+        if fit and not used:
+            print("  it is none of the run's shard sets: its texts were not compared with the run")
+        if decoder is None:
+            print("  its media were not decoded: their kind is unknown; give --plugin or --run")
         problems += found
     for number, first in enumerate(folders):
         for second in folders[number + 1 :]:
@@ -65,16 +71,41 @@ def lint(arguments: argparse.Namespace) -> None:
         raise DataError(f"{len(problems)} problems in {len(folders)} shard sets; rebuild them")
 
 
-def _decoder(folder: Path) -> Callable[[str, bytes, str], Any]:
-    """Return a decoder that asks the index for the modality when it is first needed."""
+def _media_kinds(plugins: Sequence[Path], run: Path | None) -> Mapping[str, str]:
+    """Load plugins, and return modality -> media kind: its own name, or what a run decodes."""
+    from mera_ds.media import DECODERS
+    from mera_ds.registry import load_plugin
+
+    for plugin in plugins:
+        load_plugin(plugin)
+    return {kind: kind for kind in DECODERS} | (_kinds_of_run(run) if run is not None else {})
+
+
+def _kinds_of_run(run: Path) -> dict[str, str]:
+    """Return modality -> media kind as a run's encoders take them."""
+    from mera_ds.model.encoders import ENCODERS
+    from mera_ds.sequence import open_run
+
+    modalities = open_run(run).config.modalities
+    return {
+        name: ENCODERS[entry.encoder.kind].media
+        for name, entry in modalities.items()
+        if entry.encoder.kind in ENCODERS
+    }
+
+
+def _decoder(folder: Path, kinds: Mapping[str, str]) -> Callable[[str, bytes, str], Any] | None:
+    """Return what decodes a folder's media; None if their kind is not known."""
     from mera_ds.media import decode
     from mera_ds.shards.format import read_index
 
-    @functools.cache
-    def modality() -> str:
-        return read_index(folder).modality
-
-    return lambda extension, content, name: decode(modality(), extension, content, name)
+    try:
+        modality = read_index(folder).modality
+    except MeraError:
+        modality = "image"  # lint itself names what is wrong with the index
+    if modality not in kinds:
+        return None
+    return lambda extension, content, name: decode(kinds[modality], extension, content, name)
 
 
 def preview(arguments: argparse.Namespace) -> None:

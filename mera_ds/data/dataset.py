@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mera_ds.batch import Sample
 from mera_ds.config import ModalityConfig
-from mera_ds.data.prompts import PromptBuilder
+from mera_ds.data.prompts import PromptBuilder, TokenPieces
 from mera_ds.errors import DataError, InputError
 from mera_ds.media import decode
 from mera_ds.shards.format import Text
@@ -129,16 +129,25 @@ class UnitReader:
         self._load_medium = load_medium
         self._encoded = encoded
 
-    def read(self, unit: UnitRef, supervised: bool = True) -> Sample:
-        """Return a sample, with its answer (training) or without (generation)."""
+    def task(self, unit: UnitRef) -> str:
+        """Return the unit's task."""
+        return self._data.task(unit)
+
+    def pieces(self, unit: UnitRef, supervised: bool = True) -> TokenPieces:
+        """Return the token ids of a unit's text, without touching its medium."""
         where = self._data.unit_id(unit)
         text = self._data.text(unit)
         if not text.answers:
             raise DataError(f"{where} has no answer; rebuild the shard set")
-        question = self._caption_prompt if text.task == "caption" else text.question
-        pieces = self._prompts.build(question, text.answers[0] if supervised else None, where)
+        caption = text.task == "caption"
+        question = self._caption_prompt if caption else self._prompts.ask(text.question)
+        return self._prompts.build(question, text.answers[0] if supervised else None, where)
+
+    def read(self, unit: UnitRef, supervised: bool = True) -> Sample:
+        """Return a sample, with its answer (training) or without (generation)."""
+        pieces = self.pieces(unit, supervised)
         return Sample(
-            id=where,
+            id=self._data.unit_id(unit),
             modality=self._data.modality,
             prefix_ids=pieces.prefix,
             suffix_ids=pieces.suffix,

@@ -40,7 +40,7 @@ def text_problems(
                 except DataError as error:
                     problems.append(str(error))
                     continue
-                length = len(row.prefix) + medium_tokens + len(row.suffix) + len(row.answer)
+                length = len(row) + medium_tokens
                 if length > max_length:
                     problems.append(
                         f"{where} is {length} tokens long, {medium_tokens} of them for the medium, "

@@ -4,18 +4,19 @@ Media come from anywhere, so nothing here trusts them: sizes are checked before 
 allocated, formats are fixed by kind, and no pickle is read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from mera_ds.config import require_known
 from mera_ds.errors import DataError
 from mera_ds.media.audio import Audio, decode_audio
 from mera_ds.media.errors import Unusable
 from mera_ds.media.image import decode_image
 from mera_ds.media.points import decode_points
 from mera_ds.media.video import decode_video
+from mera_ds.registry import DECODER, register
+from mera_ds.settings import require_known
 
-__all__ = ["Audio", "DECODERS", "Unusable", "decode"]
+__all__ = ["Audio", "DECODERS", "Unusable", "decode", "register_decoder"]
 
 DECODERS: dict[str, Callable[[bytes, str], Any]] = {
     "image": decode_image,
@@ -47,3 +48,29 @@ def decode(modality_kind: str, extension: str, content: bytes, name: str) -> Any
         return DECODERS[modality_kind](content, extension.lower())
     except Unusable as error:
         raise DataError(f"{name}: this {modality_kind} can't be used: {error}") from None
+
+
+def register_decoder(
+    kind: str, extensions: Collection[str], function: Callable[[bytes, str], Any]
+) -> None:
+    """Add a plugin's kind of media.
+
+    Args:
+        kind: what encoders of this kind call their `media`.
+        extensions: the files it reads, e.g. `{"npy"}`.
+        function: (bytes, extension) -> the decoded medium. Whatever it raises becomes a `DataError`
+            that names the sample.
+
+    Raises:
+        InputError: if the name is taken.
+    """
+
+    def decoder(content: bytes, extension: str) -> Any:
+        if extension not in extensions:
+            raise Unusable(f"it ends with .{extension}; expected .{', .'.join(sorted(extensions))}")
+        try:
+            return function(content, extension)
+        except Exception as error:
+            raise Unusable(f"{type(error).__name__}: {error}") from error
+
+    register(DECODER, DECODERS, kind, decoder)

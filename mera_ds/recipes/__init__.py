@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeAlias
 
-from mera_ds.config import apply_overrides, parse
 from mera_ds.errors import DataError, InputError
+from mera_ds.settings import apply_overrides, parse
 from mera_ds.shards.lint import lint_pair
 
 Log: TypeAlias = Callable[[str], None]

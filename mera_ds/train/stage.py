@@ -16,7 +16,7 @@ from mera_ds.data.replay import replay_sample
 from mera_ds.distributed import World, main_rank_first, process_group
 from mera_ds.features import ENCODE_BATCH, open_data
 from mera_ds.files import write_json
-from mera_ds.identity import base_sha256, product_key
+from mera_ds.identity import base_sha256, product_key, used_plugins
 from mera_ds.log import Metrics, logger
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.build import build_encoders, build_model, move_to
@@ -24,6 +24,7 @@ from mera_ds.model.connectors import Connector
 from mera_ds.model.mllm import MultimodalLM
 from mera_ds.model.trainable import set_trainable
 from mera_ds.plan import LORA, DataPart, Plan, TrainStep, connector_set
+from mera_ds.train.contract import check_token_counts
 from mera_ds.train.engine import Engine
 from mera_ds.train.loop import Phase, train_phase
 from mera_ds.train.schedule import peak_rates
@@ -62,7 +63,8 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
     modalities = [part.modality for part in step.data]
     settings = config.phase(step.phase)
     encoders = build_encoders(config, run, modalities)
-    prompts = PromptBuilder(config.prompt, load_tokenizer(resolve_path(config.backbone.path, run)))
+    tokenizer = load_tokenizer(resolve_path(config.backbone.path, run))
+    prompts = PromptBuilder(config.prompt, tokenizer, step.phase)
     mixture = {}
     fingerprints = {}
     for part in step.data:
@@ -76,6 +78,7 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
     move_to(model, encoders, world.device)
     if connector_set(step.modality) in step.trainable and step.phase == "align":
         fit_connector(model, mixture[step.modality], step.modality)
+    check_token_counts(model, mixture, config.prompt.max_length)
     model.train()
     sets = set_trainable(model, step.trainable)
     folder = _checkpoint_folder(run, step)
@@ -220,6 +223,7 @@ def _write(
             "seed": config.seed,
             "phase": step.phase,
             "data": dict(fingerprints),
+            "plugins": used_plugins(config, fingerprints),
         },
     )
     logger.info("%s: model %s in %s", step.name, manifest.model_sha256[:12], run / step.output)

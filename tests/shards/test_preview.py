@@ -70,7 +70,7 @@ def _film(container: str, codec: str) -> bytes:
     return buffer.getvalue()
 
 
-def _write(folder: Path, media: dict[str, bytes]) -> None:
+def _write(folder: Path, media: dict[str, bytes], modality: str = "pointcloud") -> None:
     texts = (
         Text("c0", "caption", "", (HOSTILE,)),
         Text("q0", "qa", "a or b?", ("a", "either")),
@@ -79,7 +79,7 @@ def _write(folder: Path, media: dict[str, bytes]) -> None:
         RawSample(f"s-{number}-{extension}", extension, content, f"c{number}", "here", texts)
         for number, (extension, content) in enumerate(media.items())
     ]
-    write(folder, samples, choices=None)
+    write(folder, samples, choices=None, modality=modality)
 
 
 def test_text_preview(folder: Path) -> None:
@@ -185,3 +185,20 @@ def test_broken_point_cloud_is_named(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError, match=r"s-0-npy\.npy"):
         write_html([tmp_path / "a"], tmp_path / "page.html", 1)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_series_are_drawn_as_curves(tmp_path: Path) -> None:
+    steps = np.linspace(0, 1, 5)
+    _write(tmp_path / "a", {"npy": _npy(np.stack([steps, -steps], axis=1))}, "imu")
+    write_html([tmp_path / "a"], tmp_path / "page.html", 1)
+    rising, falling = _Page((tmp_path / "page.html").read_text()).all("polyline")
+    assert rising["points"] == "0.0,80.0 80.0,60.5 160.0,41.0 240.0,21.5 320.0,2.0"
+    assert falling["points"] == "0.0,80.0 80.0,99.5 160.0,119.0 240.0,138.5 320.0,158.0"
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 3, 4)), np.zeros((5, 40)), np.array(["a", "b"])])
+def test_of_other_arrays_the_shape_is_shown(array: np.ndarray, tmp_path: Path) -> None:
+    _write(tmp_path / "a", {"npy": _npy(array)}, "imu")
+    write_html([tmp_path / "a"], tmp_path / "page.html", 1)
+    page = _Page((tmp_path / "page.html").read_text())
+    assert f"npy, {array.dtype} {array.shape} (no preview)" in page.text
