@@ -169,7 +169,8 @@ class TestAdding:
         assert "01-imu/align" in capsys.readouterr().out
         assert main(["shards", "lint", str(own / "shards"), "--run", str(folder)]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines == [f"{own}/shards/{split}: sound" for split in ("test", "train")]
+        sound = "sound and fits the run"
+        assert lines == [f"{own}/shards/{split}: {sound}" for split in ("test", "train")]
 
     def test_lint_says_what_it_did_not_decode(
         self, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
