@@ -66,7 +66,7 @@ class ModalityConfig:
     """One modality: its shard sets, its frozen encoder and its connector."""
 
     data: tuple[str, ...]
-    """Shard folders; each holds `train/` and `test/`."""
+    """Shard folders or URLs of them; each holds `train/` and `test/`."""
     encoder: ComponentConfig
     connector: ComponentConfig
     caption_prompt: str
@@ -150,6 +150,12 @@ class ExecutionConfig:
     """Loader processes per rank; 0 decodes in the training process."""
     features: Literal["online", "cached"] = "cached"
     """`cached`: the encoders run once per medium and their features are kept on disk."""
+    verify_shards: bool = True
+    """Compare each tar's hash with its index once, when it is first opened."""
+    shard_cache_gb: float = 50.0
+    """Largest size of the folder of tars that were downloaded from URLs."""
+    media_cache_mb: int = 512
+    """Decoded media that each loader process keeps, for their other texts (`online` only)."""
     save_every: int = 50
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = 2
@@ -157,6 +163,11 @@ class ExecutionConfig:
     """Stop when more steps than this had a non-finite loss or gradient."""
     timeout_seconds: int = 1800
     """How long a collective operation waits for a missing rank."""
+
+    def __post_init__(self) -> None:
+        """Check the range of what is no whole number."""
+        if not self.shard_cache_gb > 0:
+            raise InputError(f"shard_cache_gb is {self.shard_cache_gb}; it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

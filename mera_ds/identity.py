@@ -16,6 +16,7 @@ from mera_ds.errors import InputError
 from mera_ds.files import sha256_json
 from mera_ds.plan import LORA, MergeStep, Plan, Step, TrainStep
 from mera_ds.shards.format import read_index
+from mera_ds.shards.remote import is_url, mirror
 
 _TOKENIZER_FILES = ("*token*.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 
@@ -31,8 +32,14 @@ def base_sha256(config: RunConfig, run: Path) -> str:
 
 
 def data_folders(config: RunConfig, run: Path, modality: str) -> list[Path]:
-    """Return the shard folders of a modality; each holds `train` and `test`."""
-    return [resolve_path(text, run) for text in config.modalities[modality].data]
+    """Return the shard folders of a modality; each holds `train` and `test`.
+
+    For a URL it is the local folder that stands for it.
+    """
+    return [
+        mirror(text) if is_url(text) else resolve_path(text, run)
+        for text in config.modalities[modality].data
+    ]
 
 
 def product_key(config: RunConfig, run: Path, plan: Plan, step: Step) -> str:

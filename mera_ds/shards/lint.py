@@ -25,6 +25,7 @@ from mera_ds.shards.format import (
     parse_texts,
     read_index,
 )
+from mera_ds.shards.quarantine import QUARANTINE_NAME
 from mera_ds.shards.reader import ShardReader
 from mera_ds.shards.rules import sample_problems
 from mera_ds.shards.writer import BUILDING
@@ -108,7 +109,7 @@ def _media_hashes(reader: ShardReader) -> Iterator[tuple[str, str]]:
 
 
 def _stray_files(folder: Path, index: ShardIndex) -> list[str]:
-    listed = {shard.name for shard in index.shards} | {INDEX_NAME}
+    listed = {shard.name for shard in index.shards} | {INDEX_NAME, QUARANTINE_NAME}
     problems = []
     for path in sorted(folder.iterdir()):
         if TEMPORARY in path.name or path.name == BUILDING:

@@ -87,7 +87,7 @@ def test_units_are_the_texts_of_the_tasks_in_the_order_of_the_shards(folders: li
         "few/k1#0",
     ]
     assert [data.unit_id(unit) for unit in data.units(["caption"])] == ["many/k1#0", "many/k1#1"]
-    assert data.units([]) == []
+    assert list(data.units([])) == []
 
 
 def test_task_length_and_dataset_are_known_from_the_index(folders: list[Path]) -> None:
