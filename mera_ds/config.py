@@ -151,11 +151,10 @@ class ExecutionConfig:
     features: Literal["online", "cached"] = "cached"
     """`cached`: the encoders run once per medium and their features are kept on disk."""
     verify_shards: bool = True
-    """Compare each tar's hash with its index once, when it is first opened."""
-    shard_cache_gb: float = 50.0
-    """Largest size of the folder of tars that were downloaded from URLs."""
-    media_cache_mb: int = 512
-    """Decoded media that each loader process keeps, for their other texts (`online` only)."""
+    """Compare each tar's hash with its index when it is first opened."""
+    shard_cache_gb: int = 50
+    """Largest size of all tars that were fetched from URLs."""
+    media_cache_mb: int = 512  # decoded media a loader process keeps for their other texts
     save_every: int = 50
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = 2
@@ -163,11 +162,6 @@ class ExecutionConfig:
     """Stop when more steps than this had a non-finite loss or gradient."""
     timeout_seconds: int = 1800
     """How long a collective operation waits for a missing rank."""
-
-    def __post_init__(self) -> None:
-        """Check the range of what is no whole number."""
-        if not self.shard_cache_gb > 0:
-            raise InputError(f"shard_cache_gb is {self.shard_cache_gb}; it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,9 +300,7 @@ def dump(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -343,8 +335,7 @@ def load_profile(name: str, overrides: typing.Sequence[str] = ()) -> RunConfig:
     if path.suffix not in (".yaml", ".yml"):
         require_known(name, profile_names(), "profile")
         path = PROFILES / f"{name}.yaml"
-    values = read_yaml(path)
-    values.setdefault("profile", path.stem)
+    values = {"profile": path.stem, **read_yaml(path)}
     return parse(RunConfig, apply_overrides(values, overrides), path.name)
 
 
@@ -401,9 +392,8 @@ def cache_folder() -> Path:
 
 def resolve_path(text: str, run: Path) -> Path:
     """Return a configured path with `{run}`, `{cache}` and `{repository}` filled in."""
-    places = {"run": run, "cache": cache_folder(), "repository": REPOSITORY}
     try:
-        return Path(text.format(**places)).expanduser()
+        return Path(text.format(run=run, cache=cache_folder(), repository=REPOSITORY)).expanduser()
     except (KeyError, IndexError, ValueError, AttributeError):
         raise InputError(
             f"path '{text}' holds an unknown place; valid: {{run}}, {{cache}}, {{repository}}"

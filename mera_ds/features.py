@@ -47,7 +47,7 @@ def open_data(
         DataError: if a medium can't be decoded, naming it.
     """
     execution = config.execution
-    reading = Reading(execution.verify_shards, int(execution.shard_cache_gb * 1e9))
+    reading = Reading(execution.verify_shards, execution.shard_cache_gb * 10**9)
     data = ModalityData(modality, data_folders(config, run, modality), split, reading)
     settings = config.modalities[modality]
     if execution.features == "online":

@@ -86,6 +86,9 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     lint = kinds.add_parser("lint", help="prove shard sets sound")
     lint.add_argument("folders", type=Path, nargs="+", help="shard folders, at any depth")
+    lint.add_argument(
+        "--quarantine", action="store_true", help="list damaged samples in quarantine.json"
+    )
     lint.set_defaults(command=shards.lint)
 
     preview = kinds.add_parser("preview", help="show samples")

@@ -27,6 +27,9 @@ def lint(arguments: argparse.Namespace) -> None:
     from mera_ds.shards.lint import lint_pair
 
     folders = _shard_folders(arguments.folders)
+    if arguments.quarantine:
+        _quarantine(folders)
+        return
     problems = []
     for folder in folders:
         found = lint_folder(folder, _decoder(folder))
@@ -40,6 +43,19 @@ def lint(arguments: argparse.Namespace) -> None:
         print(f"  {problem}")
     if problems:
         raise DataError(f"{len(problems)} problems in {len(folders)} shard sets; rebuild them")
+
+
+def _quarantine(folders: Sequence[Path]) -> None:
+    """Write each folder's quarantine and print what is left out."""
+    from mera_ds.shards.damage import quarantine_folder
+    from mera_ds.shards.format import read_index
+
+    for folder in folders:
+        found = quarantine_folder(folder, _decoder(folder))
+        total = read_index(folder).counts["samples"]
+        print(f"{folder}: {len(found.samples)} of {total} samples in quarantine")
+        for key, reason in found.samples.items():
+            print(f"  {key}: {reason}")
 
 
 def _decoder(folder: Path) -> Callable[[str, bytes, str], Any]:

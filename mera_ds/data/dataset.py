@@ -34,10 +34,11 @@ class ModalityData:
         modality: str,
         folders: Sequence[Path],
         split: str,
-        reading: Reading = Reading(verify=True),
+        reading: Reading | None = None,
     ) -> None:
         self.modality = modality
-        self.readers = [ShardReader(folder / split, reading) for folder in folders]
+        how = reading or Reading(verify=True)
+        self.readers = [ShardReader(folder / split, how) for folder in folders]
         for reader in self.readers:
             found = reader.index.modality
             if found != modality:

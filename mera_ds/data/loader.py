@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
 import numpy as np
 import torch.utils.data
 from numpy.typing import NDArray

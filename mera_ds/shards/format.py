@@ -129,8 +129,7 @@ def count_samples(samples: Iterable[SampleInfo]) -> dict[str, int]:
 
 def hash_keys(samples: Iterable[SampleInfo]) -> str:
     """Return the index's `id_list_sha256`."""
-    is_table = isinstance(samples, SampleTable)
-    keys = samples.keys() if is_table else (sample.key for sample in samples)
+    keys = samples.keys() if isinstance(samples, SampleTable) else (s.key for s in samples)
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 

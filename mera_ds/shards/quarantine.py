@@ -8,7 +8,6 @@ noticed. `mera-ds shards lint DIR --quarantine` writes it (`mera_ds.shards.damag
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mera_ds.config import parse
 from mera_ds.errors import DataError, InputError
@@ -60,14 +59,9 @@ def read_quarantine(folder: Path) -> Quarantine | None:
 
 
 def write_quarantine(folder: Path, quarantine: Quarantine) -> None:
-    """Write `quarantine.json`, or remove it if nothing is to be left out."""
+    """Write `quarantine.json`, or remove it if there is no damage."""
     path = folder / QUARANTINE_NAME
-    if quarantine.samples:
-        write_json(path, quarantine_json(quarantine))
+    if quarantine.samples or quarantine.tars:
+        write_json(path, asdict(quarantine))
     else:
         path.unlink(missing_ok=True)
-
-
-def quarantine_json(quarantine: Quarantine) -> dict[str, Any]:
-    """Return the JSON value that `quarantine.json` holds."""
-    return asdict(quarantine)

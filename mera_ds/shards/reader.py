@@ -47,7 +47,7 @@ class ShardReader:
     when its first sample is asked for. The folder may be the mirror of a remote one.
     """
 
-    def __init__(self, folder: Path, reading: Reading = Reading()) -> None:
+    def __init__(self, folder: Path, reading: Reading | None = None) -> None:
         """Open a complete shard folder.
 
         Raises:
@@ -57,7 +57,7 @@ class ShardReader:
         self.folder = folder
         self.index = read_index(folder)
         self.samples = self.index.samples
-        self._reading = reading
+        self._reading = reading or Reading()
         self._url = source_url(folder)
         self._starts = [0, *accumulate(len(shard.samples) for shard in self.index.shards)][:-1]
         self._files: dict[int, int] = {}
