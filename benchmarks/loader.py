@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def transform(kind: str, content: bytes) -> Tensor:
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    small = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC))
+    small = np.array(image.resize((224, 224), Image.Resampling.BICUBIC))
     return torch.from_numpy(small).permute(2, 0, 1).float() / 255
 
 
@@ -253,8 +252,9 @@ def measure(task: str, name: str, folder: Path) -> dict[str, float]:
     else:
         samples = sum(len(batch) for batch in LOADERS[name](folder, task))
     wall = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    status = Path("/proc/self/status").read_text()  # ru_maxrss counts the process that started us
+    own = int(status.partition("VmHWM:")[2].split()[0])
+    peak = max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     return {
         "wall": wall,
         "per_s": samples / wall,
@@ -354,7 +354,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@cache
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -377,13 +376,14 @@ def main() -> None:
         return
     make_data(arguments.data, arguments.images, arguments.clips)
     assert_equal(arguments.data)
+    commit = _commit()
     load = f"load {os.getloadavg()[0]:.1f} at start"
     found = compare(arguments.data, arguments.repeats)
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
         f"{psutil.virtual_memory().total / 1e9:.0f} GB, torch {torch.__version__}, "
         f"webdataset {webdataset.__version__}",
-        "commit": _commit(),
+        "commit": commit,
         "load": load,
         "repeats": arguments.repeats,
         "images": arguments.images,

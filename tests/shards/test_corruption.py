@@ -53,6 +53,7 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 def test_a_thousand_mutations(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     draw = random.Random(0)
@@ -79,7 +80,6 @@ def test_a_thousand_mutations(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             outcomes["quarantined"] += len(quarantine.samples)
             (folder / QUARANTINE_NAME).unlink(missing_ok=True)
         path.write_bytes(before)
-    print(outcomes)
     assert outcomes["detected"] + outcomes["harmless"] == MUTATIONS
     assert outcomes["detected"] > 0.9 * MUTATIONS
     assert outcomes["harmless"] < 0.1 * MUTATIONS
