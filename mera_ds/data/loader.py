@@ -213,15 +213,16 @@ class _PackedStep:
 def _pack(batches: list[Batch]) -> _PackedStep:
     parts: dict[torch.dtype, list[Tensor]] = {}
     sizes: dict[torch.dtype, int] = {}
-    known: dict[int, tuple[torch.dtype, int, torch.Size]] = {}
+    known: dict[object, tuple[torch.dtype, int, torch.Size]] = {}
     places = []
     for media in (sample.media for batch in batches for sample in batch.samples):
-        if id(media) not in known:
+        same = (media.data_ptr(), media.shape, media.stride(), media.dtype)
+        if same not in known:
             start = sizes.get(media.dtype, 0)
-            known[id(media)] = (media.dtype, start, media.shape)
+            known[same] = (media.dtype, start, media.shape)
             parts.setdefault(media.dtype, []).append(media.reshape(-1))
             sizes[media.dtype] = start + media.numel()
-        places.append(known[id(media)])
+        places.append(known[same])
     bare = [_with_media(batch, [torch.empty(0)] * len(batch.samples)) for batch in batches]
     return _PackedStep(bare, places, {dtype: torch.cat(items) for dtype, items in parts.items()})
 
