@@ -72,7 +72,7 @@ class ModalityConfig:
     """One modality: its shard sets, its frozen encoder and its connector."""
 
     data: tuple[str, ...]
-    """Shard folders; each holds `train/` and `test/`."""
+    """Shard folders or URLs of them; each holds `train/` and `test/`."""
     encoder: ComponentConfig
     connector: ComponentConfig
     caption_prompt: str
@@ -156,6 +156,12 @@ class ExecutionConfig:
     """Loader processes per rank; 0 decodes in the training process."""
     features: Literal["online", "cached"] = "cached"
     """`cached`: the encoders run once per medium and their features are kept on disk."""
+    verify_shards: bool = True
+    """Compare each tar's hash with its index when it is first opened."""
+    shard_cache_gb: int = 50
+    """Largest size of all tars that were fetched from URLs."""
+    media_cache_mb: int = 512
+    """Decoded media that a loader process keeps for their other texts."""
     save_every: int = 50
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = 2

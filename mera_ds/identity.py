@@ -18,6 +18,7 @@ from mera_ds.plan import LORA, MergeStep, Plan, Step, TrainStep
 from mera_ds.registry import CONNECTOR, ENCODER, defining_plugins
 from mera_ds.settings import dump
 from mera_ds.shards.format import read_index
+from mera_ds.shards.remote import is_url, mirror
 
 _TOKENIZER_FILES = ("*token*.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 
@@ -33,8 +34,14 @@ def base_sha256(config: RunConfig, run: Path) -> str:
 
 
 def data_folders(config: RunConfig, run: Path, modality: str) -> list[Path]:
-    """Return the shard folders of a modality; each holds `train` and `test`."""
-    return [resolve_path(text, run) for text in config.modalities[modality].data]
+    """Return the shard folders of a modality; each holds `train` and `test`.
+
+    For a URL it is the local folder that stands for it.
+    """
+    return [
+        mirror(text) if is_url(text) else resolve_path(text, run)
+        for text in config.modalities[modality].data
+    ]
 
 
 def product_key(config: RunConfig, run: Path, plan: Plan, step: Step) -> str:

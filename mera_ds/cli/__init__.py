@@ -119,6 +119,9 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="decode as this run does, and check every text with its tokenizer",
     )
     lint.add_argument("--profile", help="the same for a profile that is no run yet")
+    lint.add_argument(
+        "--quarantine", action="store_true", help="list damaged samples in quarantine.json"
+    )
     lint.set_defaults(command=shards.lint)
 
     preview = kinds.add_parser("preview", help="show samples")

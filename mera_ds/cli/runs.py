@@ -116,7 +116,7 @@ def _texts(run: "Run", part: DataPart, tasks: Sequence[str]) -> int:
     from mera_ds.shards.format import read_index
 
     counts = [
-        read_index(folder / "train").counts
+        read_index(folder / "train").usable_counts
         for folder in data_folders(run.config, run.folder, part.modality)
     ]
     found = [sum(count[task] for count in counts) for task in tasks]

@@ -3,11 +3,15 @@
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mera_ds.config import cache_folder
 from mera_ds.errors import DataError, InputError, MeraError
+
+if TYPE_CHECKING:  # it needs torch
+    from mera_ds.cli.fit import RunFit
 
 
 def build(arguments: argparse.Namespace) -> None:
@@ -36,8 +40,6 @@ def lint(arguments: argparse.Namespace) -> None:
         DataError: if any problem was found; each is printed.
     """
     from mera_ds.cli.fit import RunFit
-    from mera_ds.shards.lint import lint as lint_folder
-    from mera_ds.shards.lint import lint_pair
 
     fit = None
     if arguments.run is not None or arguments.profile is not None:
@@ -47,28 +49,45 @@ def lint(arguments: argparse.Namespace) -> None:
     if not roots:
         raise InputError("name the shard folders to check, or a run with --run")
     folders = _shard_folders(roots)
-    problems = []
-    for folder in folders:
-        decoder = _decoder(folder, kinds)
-        found = lint_folder(folder, decoder)
-        used = fit is not None and fit.uses(folder)
-        if fit and used and not found:
-            found = fit.problems(folder)
-        fits = " and fits the run" if used else ""
-        print(f"{folder}: {'sound' + fits if not found else f'{len(found)} problems'}")
-        if fit and not used:
-            print("  it is none of the run's shard sets: its texts were not compared with the run")
-        if decoder is None:
-            print("  its media were not decoded: their kind is unknown; give --plugin or --run")
-        problems += found
-    for number, first in enumerate(folders):
-        for second in folders[number + 1 :]:
-            if first.parent == second.parent:
-                problems += lint_pair(first, second)
+    if arguments.quarantine:
+        _quarantine(folders, kinds)
+        return
+    problems = [problem for folder in folders for problem in _lint_folder(folder, kinds, fit)]
+    problems += _overlaps(folders)
     for problem in problems:
         print(f"  {problem}")
     if problems:
         raise DataError(f"{len(problems)} problems in {len(folders)} shard sets; rebuild them")
+
+
+def _lint_folder(folder: Path, kinds: Mapping[str, str], fit: "RunFit | None") -> list[str]:
+    """Check one shard set, print how it is, and return its problems."""
+    from mera_ds.shards.lint import lint as lint_folder
+
+    decoder = _decoder(folder, kinds)
+    problems = lint_folder(folder, decoder)
+    used = fit is not None and fit.uses(folder)
+    if fit and used and not problems:
+        problems = fit.problems(folder)
+    fits = " and fits the run" if used else ""
+    print(f"{folder}: {'sound' + fits if not problems else f'{len(problems)} problems'}")
+    if fit and not used:
+        print("  it is none of the run's shard sets: its texts were not compared with the run")
+    if decoder is None:
+        print("  its media were not decoded: their kind is unknown; give --plugin or --run")
+    return problems
+
+
+def _overlaps(folders: Sequence[Path]) -> list[str]:
+    """Return what two splits of one dataset have in common."""
+    from mera_ds.shards.lint import lint_pair
+
+    return [
+        problem
+        for first, second in combinations(folders, 2)
+        if first.parent == second.parent
+        for problem in lint_pair(first, second)
+    ]
 
 
 def _media_kinds(plugins: Sequence[Path], run: Path | None) -> Mapping[str, str]:
@@ -92,6 +111,19 @@ def _kinds_of_run(run: Path) -> dict[str, str]:
         for name, entry in modalities.items()
         if entry.encoder.kind in ENCODERS
     }
+
+
+def _quarantine(folders: Sequence[Path], kinds: Mapping[str, str]) -> None:
+    """Write each folder's quarantine and print what is left out."""
+    from mera_ds.shards.damage import quarantine_folder
+    from mera_ds.shards.format import read_index
+
+    for folder in folders:
+        found = quarantine_folder(folder, _decoder(folder, kinds))
+        total = read_index(folder).counts["samples"]
+        print(f"{folder}: {len(found.samples)} of {total} samples in quarantine")
+        for key, reason in found.samples.items():
+            print(f"  {key}: {reason}")
 
 
 def _decoder(folder: Path, kinds: Mapping[str, str]) -> Callable[[str, bytes, str], Any] | None:

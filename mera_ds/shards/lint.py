@@ -27,6 +27,7 @@ from mera_ds.shards.format import (
     parse_texts,
     read_index,
 )
+from mera_ds.shards.quarantine import QUARANTINE_NAME
 from mera_ds.shards.reader import ShardReader
 from mera_ds.shards.rules import IDS_FILE, id_lines, sample_problems, texts_per_medium
 from mera_ds.shards.tars import BUILDING
@@ -111,7 +112,8 @@ def _media_hashes(reader: ShardReader) -> Iterator[tuple[str, str]]:
 
 
 def _stray_files(folder: Path, index: ShardIndex) -> list[str]:
-    listed = {shard.name for shard in index.shards} | {INDEX_NAME, *_side_files(index)}
+    listed = {INDEX_NAME, QUARANTINE_NAME, *_side_files(index)}
+    listed |= {shard.name for shard in index.shards}
     problems = []
     for path in sorted(folder.iterdir()):
         if TEMPORARY in path.name or path.name == BUILDING:

@@ -136,16 +136,9 @@ def _mixture_part(
     """Return a modality's units, all of them or the replay sample."""
     units = data.units(tasks)
     if part.percent < 100:
-        ids = [data.unit_id(unit) for unit in units]
-        names = [data.task(unit) for unit in units]
-        kept = replay_sample(ids, names, part.percent, seed)
-        units = [units[position] for position in kept]
-    return MixturePart(
-        reader,
-        units,
-        [data.length(unit) for unit in units],
-        [data.unit_id(unit) for unit in units],
-    )
+        kept = replay_sample(data.ids(units), data.tasks(units), part.percent, seed)
+        units = units.take(kept)
+    return MixturePart(reader, units, data.lengths(units), data.ids(units))
 
 
 def _rate_scales(config: RunConfig) -> dict[str, float]:
