@@ -189,7 +189,7 @@ def steps(folder: Path, kind: str) -> StepLoader:
         return transform(kind, data.readers[unit.reader].read_media(unit.medium))
 
     units = data.units(["caption"])
-    reader: Any = Reader(data, MediaCache(load, CACHE_BYTES))
+    reader: Any = Reader(data, MediaCache(load, CACHE_BYTES) if data.media_return else load)
     part = MixturePart(reader, units, data.lengths(units), data.ids(units))
     settings = LoaderSettings(
         batch_size=BATCH,

@@ -55,7 +55,8 @@ def open_data(
         def load(unit: UnitRef) -> Tensor:
             return encoder.transform(data.medium(unit, encoder.media))
 
-        media = MediaCache(load, execution.media_cache_mb * 1_000_000)
+        kept = MediaCache(load, execution.media_cache_mb * 1_000_000)
+        media = kept if data.media_return else load
         return data, UnitReader(data, settings, prompts, media, encoded=False)
     store = FeatureStore(data, encoder)
     store.compute_missing(world)

@@ -64,6 +64,12 @@ class ModalityData:
         """Hashes of the shard sets' contents."""
         return [reader.index.fingerprint for reader in self.readers]
 
+    @property
+    def media_return(self) -> bool:
+        """Whether a medium has several texts, so that an epoch asks for it more than once."""
+        counts = [reader.index.counts for reader in self.readers]
+        return any(entry["texts"] > entry["samples"] for entry in counts)
+
     def units(self, tasks: Collection[str]) -> UnitList:
         """Return all units of some tasks that are not in quarantine, in the order of the shards."""
         codes = [number for number, task in enumerate(TASKS) if task in tasks]

@@ -1,15 +1,15 @@
 """Random access to the samples of a shard folder by offset, without extracting anything."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from mera_ds.errors import DataError
@@ -28,6 +28,9 @@ from mera_ds.shards.quarantine import RENEW
 from mera_ds.shards.remote import source_url
 from mera_ds.shards.table import place_of
 from mera_ds.shards.verify import has_sha256
+
+T = TypeVar("T")
+_NOTHING = SampleInfo("", "", "", 0, 0, 0, 0, ())
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class ShardReader:
         self.samples = self.index.samples
         self._reading = reading or Reading()
         self._url = source_url(folder)
+        self._paths = [folder / shard.name for shard in self.index.shards]
+        self._ahead = sum(shard.bytes for shard in self.index.shards) < _spare_memory()
+        self._last: tuple[int | None, SampleInfo] = (None, _NOTHING)
         self._starts = [0, *accumulate(len(shard.samples) for shard in self.index.shards)][:-1]
         self._files: dict[int, int] = {}
 
@@ -72,9 +78,7 @@ class ShardReader:
             DataError: the sample is in quarantine, or its tar is missing, damaged, or shorter or
                 longer than the index says.
         """
-        sample = self._sample(position)
-        with self._open(position) as (descriptor, path):
-            return read_media(descriptor, path, sample)
+        return self._from_tar(position, read_media)
 
     def read_record(self, position: int) -> dict[str, Any]:
         """Return a sample's record: a dict with id, concept, source and texts.
@@ -82,9 +86,7 @@ class ShardReader:
         Raises:
             DataError: as `read_media`, or the record is damaged or another sample's.
         """
-        sample = self._sample(position)
-        with self._open(position) as (descriptor, path):
-            return read_record(descriptor, path, sample)
+        return self._from_tar(position, read_record)
 
     def read_texts(self, position: int) -> tuple[Text, ...]:
         """Return a sample's texts in the order of the index.
@@ -92,9 +94,7 @@ class ShardReader:
         Raises:
             DataError: as `read_record`, or the texts aren't those that the index lists.
         """
-        sample = self._sample(position)
-        with self._open(position) as (descriptor, path):
-            return read_texts(descriptor, path, sample)
+        return self._from_tar(position, read_texts)
 
     def place(self, position: int) -> tuple[int, int]:
         """Return the number of a sample's tar, and its row among the usable samples of it."""
@@ -150,6 +150,9 @@ class ShardReader:
             self.close()
 
     def _sample(self, position: int) -> SampleInfo:
+        last, sample = self._last  # a medium is read after its record
+        if position == last:
+            return sample
         if not 0 <= position < len(self):
             raise IndexError(f"{self.folder} has {len(self)} samples, none at {position}")
         sample = self.samples[position]
@@ -158,6 +161,7 @@ class ShardReader:
             raise DataError(
                 f"{self.folder}: {sample.key} is in quarantine ({quarantine.samples[sample.key]})"
             )
+        self._last = (position, sample)
         return sample
 
     def _expected(self, shard: ShardInfo) -> tuple[int, str]:
@@ -168,26 +172,28 @@ class ShardReader:
             return found.bytes, found.sha256
         return shard.bytes, shard.sha256
 
-    @contextmanager
-    def _open(self, position: int) -> Iterator[tuple[int, Path]]:
-        """Yield a descriptor of the tar that a sample lies in, and the tar's path.
+    def _from_tar(self, position: int, read: Callable[[int, Path, SampleInfo], T]) -> T:
+        """Return what `read` finds of a sample in its tar.
 
         A local tar stays open. A downloaded one is held for this read only, so that it can be
         removed from the cache later.
         """
+        sample = self._sample(position)
         number, _ = place_of(self._starts, position)
+        path = self._paths[number]
+        descriptor = self._files.get(number)
+        if descriptor is not None:
+            return read(descriptor, path, sample)
         shard = self.index.shards[number]
-        path = self.folder / shard.name
         if self._url is None:
-            if number not in self._files:
-                descriptor = self._open_local(path, shard)
-                if self._files.setdefault(number, descriptor) != descriptor:
-                    os.close(descriptor)
-            yield self._files[number], path
-            return
+            descriptor = self._open_local(path, shard)
+            kept = self._files.setdefault(number, descriptor)
+            if kept != descriptor:
+                os.close(descriptor)
+            return read(kept, path, sample)
         descriptor = self._open_cached(shard)
         try:
-            yield descriptor, path
+            return read(descriptor, path, sample)
         finally:
             os.close(descriptor)
 
@@ -201,6 +207,8 @@ class ShardReader:
         except DataError:
             os.close(descriptor)
             raise
+        if self._ahead:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
         return descriptor
 
     def _require_sound(self, path: Path, shard: ShardInfo, descriptor: int) -> None:
@@ -229,6 +237,15 @@ class ShardReader:
                 return descriptor
             os.close(descriptor)
             cache.discard(size, sha256)
+
+
+def _spare_memory() -> int:
+    """Return how many bytes of tars the kernel may be asked to read ahead.
+
+    A set that fits in memory is read tar by tar, from one end to the other, however its samples
+    are shuffled; of a larger one only what is asked for.
+    """
+    return psutil.virtual_memory().available // 2
 
 
 def read_media(descriptor: int, path: Path, sample: SampleInfo) -> bytes:
