@@ -66,6 +66,10 @@ def merge_folders(arguments: argparse.Namespace) -> None:
     for note in plan.notes:
         print(f"note: {note}")
     prompts = _prompts(arguments)
+    if prompts:
+        from mera_ds.merge.logits import require_tokenizer
+
+        require_tokenizer(plan)
     if arguments.dry_run:
         _print_plan(plan, arguments.out)
         return

@@ -15,6 +15,7 @@ from mera_ds.merge.digest import read_digests, weights_digest
 from mera_ds.merge.partial import TensorRecord
 from mera_ds.merge.plan import MergePlan
 from mera_ds.merge.safetensors_io import DTYPE_NAMES, INDEX, TensorPlace
+from mera_ds.merge.stream import Squares
 
 METHOD = "cumulative moving average"
 REPORT = "merge_report.json"
@@ -37,34 +38,40 @@ class Totals:
     weights: float
     """‖θ_i‖ of what was computed."""
     rounding: float
-    """‖written − θ_i‖."""
+    """‖written − θ_i‖ / ‖θ_i‖."""
 
     def lines(self) -> list[str]:
         """Return the printed summary."""
         if self.unchanged == self.tensors:
             return [f"all {self.tensors} tensors are equal in both models"]
-        first = f"update {self.update:.4g}, {_ratio(self.update, self.weights)} of the weights"
-        second = (
-            f"rounding {_ratio(self.rounding, self.weights)} of the weights, "
-            f"{_ratio(self.rounding, self.update)} of the update"
-        )
-        return [f"{first}; {second}", f"{self.unchanged} of {self.tensors} tensors unchanged"]
+        of_update = _percent(self.rounding * self.weights, self.update)
+        return [
+            f"update {self.update:.4g}, {_percent(self.update, self.weights)} of the weights",
+            f"rounding {_percent(self.rounding, 1.0)} of the weights, {of_update} of the update",
+            f"{self.unchanged} of {self.tensors} tensors unchanged",
+        ]
 
 
-def _ratio(part: float, whole: float) -> str:
+def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.2g} %" if whole else "0 %"
 
 
 def totals(records: Mapping[str, TensorRecord]) -> Totals:
     """Sum up the tensors' records."""
-    ordered = [records[name] for name in sorted(records)]
+    squares = Squares()
+    for _, record in sorted(records.items()):
+        squares.add(record.squares)
     return Totals(
-        len(ordered),
-        sum(not record.changed for record in ordered),
-        math.sqrt(sum(record.update_squares for record in ordered)),
-        math.sqrt(sum(record.weights_squares for record in ordered)),
-        math.sqrt(sum(record.rounding_squares for record in ordered)),
+        len(records),
+        sum(not record.changed for record in records.values()),
+        math.sqrt(squares.update),
+        math.sqrt(squares.weights),
+        _rounding(squares),
     )
+
+
+def _rounding(squares: Squares) -> float:
+    return math.sqrt(squares.rounding / squares.sampled) if squares.sampled else 0.0
 
 
 def complete(
@@ -107,7 +114,7 @@ def _set_dtype(path: Path, dtype: str) -> None:
 
 
 def _report(records: Mapping[str, TensorRecord]) -> dict[str, Any]:
-    """Return norms per tensor and in total; unchanged tensors have none."""
+    """Return norms per tensor and in total; those of unchanged tensors are 0."""
     total = totals(records)
     return {
         "total": {
@@ -115,18 +122,14 @@ def _report(records: Mapping[str, TensorRecord]) -> dict[str, Any]:
             "unchanged": total.unchanged,
             "update_norm": _rounded(total.update),
             "weights_norm": _rounded(total.weights),
-            "rounding_error": _rounded(total.rounding / total.weights if total.weights else 0.0),
+            "rounding_error": _rounded(total.rounding),
         },
         "tensors": {
             name: {
                 "changed": record.changed,
-                "update_norm": _rounded(math.sqrt(record.update_squares)),
-                "weights_norm": _rounded(math.sqrt(record.weights_squares)),
-                "rounding_error": _rounded(
-                    math.sqrt(record.rounding_squares / record.weights_squares)
-                    if record.weights_squares
-                    else 0.0
-                ),
+                "update_norm": _rounded(math.sqrt(record.squares.update)),
+                "weights_norm": _rounded(math.sqrt(record.squares.weights)),
+                "rounding_error": _rounded(_rounding(record.squares)),
             }
             for name, record in sorted(records.items())
         },

@@ -90,13 +90,18 @@ class Converter:
         """Return a handle of a one-dimensional tensor at an address."""
         assert self._torch is not None
         handle = ctypes.c_void_p()
-        one = ctypes.c_int64 * 1
         failed = self._torch.aoti_torch_create_tensor_from_blob(
-            address, 1, one(size), one(1), 0, _codes()[dtype], 0, -1, ctypes.byref(handle)
+            address, 1, _one(size), _one(1), 0, _codes()[dtype], 0, -1, ctypes.byref(handle)
         )
         if failed:
             raise RuntimeError("torch's library refused a block")
         return handle
+
+
+@cache
+def _one(value: int) -> "ctypes.Array[ctypes.c_int64]":
+    """Return the shape or stride of one dimension."""
+    return (ctypes.c_int64 * 1)(value)
 
 
 @cache

@@ -1,6 +1,6 @@
 """Fingerprints of weights at the speed of memory: which weights, however they are cut into files.
 
-SHA-256 takes as long as the whole merge. Here a block of 2M elements is first summed in 128 columns
+SHA-256 takes longer than the whole merge. A block of 2M elements is first summed in 1024 columns
 of 64-bit words; SHA-256 is taken of the sums. Any damaged byte, page or file changes the result;
 it is no protection against somebody who wants two models to look alike.
 """
@@ -18,7 +18,7 @@ from mera_ds.merge.safetensors_io import Bytes, MappedFiles, TensorPlace
 BLOCK = 1 << 21
 """Elements of a tensor that are read, merged and fingerprinted together."""
 
-_COLUMNS = 128
+_COLUMNS = 1024
 _ROW_BYTES = 8 * _COLUMNS
 
 
@@ -30,7 +30,7 @@ class BlockDigest:
         self._tail = b""
 
     def add(self, piece: Bytes) -> None:
-        """Add the next bytes; all pieces but the last are multiples of 1024 bytes."""
+        """Add the next bytes; all pieces but the last are multiples of 8192 bytes."""
         whole = piece.size - piece.size % _ROW_BYTES
         if whole:
             rows = piece[:whole].view(np.uint64).reshape(-1, _COLUMNS)

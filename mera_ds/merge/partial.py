@@ -27,6 +27,7 @@ from mera_ds.files import (
 from mera_ds.log import logger
 from mera_ds.merge.digest import read_digests
 from mera_ds.merge.plan import MergePlan, Shard
+from mera_ds.merge.stream import Squares
 
 STATE = "state.json"
 
@@ -36,9 +37,7 @@ class TensorRecord:
     """What a merge found out about one tensor."""
 
     changed: bool
-    weights_squares: float
-    update_squares: float
-    rounding_squares: float
+    squares: Squares
     previous: str
     """Fingerprint in the previous model."""
     tuned: str

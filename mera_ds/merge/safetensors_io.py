@@ -6,6 +6,7 @@ the tensors' bytes without gaps.
 
 import json
 import math
+import mmap
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,12 +175,15 @@ class MappedFiles:
     """Reads tensors' bytes from memory-mapped files; threads may share it."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self._mapped: dict[Path, Bytes] = {
-            file: np.memmap(file, dtype=np.uint8, mode="r") for file in set(files)
-        }
+        self._mapped: dict[Path, Bytes] = {file: _mapped(file) for file in set(files)}
 
     def raw(self, place: TensorPlace, begin: int = 0, end: int | None = None) -> Bytes:
         """Return the bytes of the elements `begin` to `end` of the flattened tensor."""
         end = place.elements if end is None else end
         start = place.offset + begin * place.item_size
         return self._mapped[place.file][start : place.offset + end * place.item_size]
+
+
+def _mapped(file: Path) -> Bytes:
+    with file.open("rb") as opened:
+        return np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)

@@ -19,11 +19,38 @@ from mera_ds.merge.digest import BlockDigest
 from mera_ds.merge.plan import MergedTensor
 from mera_ds.merge.safetensors_io import Bytes, MappedFiles, TensorPlace, item_size
 
-SPAN = 1 << 16
-"""Elements that go through all operations while they are in the processor's cache."""
+SPAN = 1 << 18
+"""Elements that go through all operations while they are in the processor's caches."""
+
+SAMPLED = 4
+"""The rounding error is measured in every fourth span where nothing but rounding can happen."""
+
+_GLANCE = 4096
+"""Bytes that are compared first: most spans differ there if they differ at all."""
 
 Write = Callable[[Bytes, int], None]
 """Takes bytes of the output tensor and where they begin, in bytes."""
+
+
+@dataclass
+class Squares:
+    """Sums of squares, in the output's units."""
+
+    update: float = 0.0
+    """θ_i − θ_{i−1}."""
+    weights: float = 0.0
+    """θ_i."""
+    sampled: float = 0.0
+    """θ_i, where the rounding error was measured."""
+    rounding: float = 0.0
+    """Written weights − θ_i, there."""
+
+    def add(self, other: "Squares") -> None:
+        """Add those of another part."""
+        self.update += other.update
+        self.weights += other.weights
+        self.sampled += other.sampled
+        self.rounding += other.rounding
 
 
 @dataclass(frozen=True)
@@ -32,8 +59,8 @@ class BlockResult:
 
     changed: bool
     """Whether any of it was computed rather than copied."""
-    squares: tuple[float, float, float]
-    """Sums over what was computed: merged weights², update², rounding error²."""
+    squares: "Squares"
+    """Of what was computed."""
     digests: tuple[bytes, bytes, bytes]
     """Fingerprints of the block in the previous model, the tuned one and the output."""
 
@@ -60,8 +87,12 @@ class BlockMerger:
         """
         if isinstance(tensor.new, LowRank):
             self._update = self._low_rank_rows(tensor.name, tensor.new, begin, end)
+        with np.errstate(all="ignore"):  # what is not finite is looked for and refused
+            return self._block(tensor, begin, end, write)
+
+    def _block(self, tensor: MergedTensor, begin: int, end: int, write: Write) -> BlockResult:
         digests = (BlockDigest(), BlockDigest(), BlockDigest())
-        squares, changed = np.zeros(3), False
+        squares, changed = Squares(), False
         for start in range(begin, end, SPAN):
             stop = min(start + SPAN, end)
             old = self._files.raw(tensor.old, start, stop)
@@ -70,40 +101,44 @@ class BlockMerger:
                 new = self._files.raw(tensor.new, start, stop)
             merged = old
             if not _is_copied(tensor, old, new):
-                merged, found = self._span(tensor, old, new, start - begin)
-                squares += found
+                merged = self._span(tensor, old, new, start - begin, squares)
                 changed = True
             write(merged, start * item_size(tensor.dtype))
             for digest, piece in zip(digests, (old, new, merged), strict=True):
                 digest.add(piece)
         first, second, third = (digest.digest() for digest in digests)
-        weights, update, error = (float(value) for value in squares)
-        return BlockResult(changed, (weights, update, error), (first, second, third))
+        return BlockResult(changed, squares, (first, second, third))
 
     def _span(
-        self, tensor: MergedTensor, old: Bytes, new: Bytes, offset: int
-    ) -> tuple[Bytes, tuple[float, float, float]]:
-        """Return the merged bytes of a span, `offset` elements into its block, and the squares."""
+        self, tensor: MergedTensor, old: Bytes, new: Bytes, offset: int, squares: Squares
+    ) -> Bytes:
+        """Return the merged bytes of a span that begins `offset` elements into its block."""
         size = old.size // tensor.old.item_size
         buffers = self._buffers["float64" if tensor.dtype in ("F32", "F64") else "float32"]
-        before, merged, third = buffers.floats(size)
+        before, merged = buffers.floats(size)
         rounded = buffers.bytes(size * item_size(tensor.dtype))
         self._converter.widen(old, tensor.old.dtype, before)
-        if isinstance(tensor.new, LowRank):
-            np.add(before, self._update[offset : offset + size], out=merged)
-        elif tensor.new is None:
-            np.copyto(merged, before)
+        found = Squares()
+        if isinstance(tensor.new, TensorPlace):
+            self._converter.widen(new, tensor.new.dtype, merged)
+            found.update = _lerp(before, merged, self._weight)
+        elif tensor.new is not None:
+            update = self._update[offset : offset + size]
+            found.update = _squares(update)
+            np.add(before, update, out=merged)
         else:
-            self._converter.widen(new, tensor.new.dtype, third)
-            _average(before, third, self._weight, merged)
+            np.copyto(merged, before)
+        found.weights = _squares(merged)
         self._converter.narrow(merged, tensor.dtype, rounded)
-        self._converter.widen(rounded, tensor.dtype, third)
-        np.subtract(third, merged, out=third)
-        np.subtract(merged, before, out=before)
-        squares = (_squares(merged), _squares(before), _squares(third))
-        if not math.isfinite(sum(squares)) and not np.isfinite(third).all():
+        if not _is_plain(tensor) or offset % (SPAN * SAMPLED) == 0:
+            self._converter.widen(rounded, tensor.dtype, before)
+            np.subtract(before, merged, out=before)
+            found.sampled, found.rounding = found.weights, _squares(before)
+        total = found.update + found.weights + found.rounding
+        if not (math.isfinite(total) or _is_finite(rounded, tensor.dtype)):
             raise DataError(_not_finite(tensor))
-        return rounded, squares
+        squares.add(found)
+        return rounded
 
     def _low_rank_rows(
         self, name: str, update: LowRank, begin: int, end: int
@@ -119,7 +154,8 @@ class BlockMerger:
             right = update.factor_b if update.transposed else update.factor_a
             whole = self._matrix(right)
             self._right = (name, whole.T if update.transposed else whole)
-        rows = (left * np.float32(self._weight * update.scale)) @ self._right[1]
+        scaled = left * (self._weight * update.scale)
+        rows: NDArray[np.float32] = np.matmul(scaled, self._right[1])
         return rows.reshape(-1)[begin - first * columns : end - first * columns]
 
     def _matrix(
@@ -141,15 +177,15 @@ class BlockMerger:
 
 
 class _Buffers:
-    """A thread's memory: three spans of floats and one of the output."""
+    """A thread's memory: two spans of floats and one of the output."""
 
     def __init__(self, kind: str) -> None:
-        self._floats: list[Floats] = [np.empty(SPAN, kind) for _ in range(3)]
+        self._floats: list[Floats] = [np.empty(SPAN, kind) for _ in range(2)]
         self._bytes = np.empty(8 * SPAN, np.uint8)
 
-    def floats(self, size: int) -> tuple[Floats, Floats, Floats]:
-        first, second, third = self._floats
-        return first[:size], second[:size], third[:size]
+    def floats(self, size: int) -> tuple[Floats, Floats]:
+        first, second = self._floats
+        return first[:size], second[:size]
 
     def bytes(self, size: int) -> Bytes:
         return self._bytes[:size]
@@ -160,17 +196,34 @@ def _is_copied(tensor: MergedTensor, old: Bytes, new: Bytes) -> bool:
         return False
     if tensor.new is None:
         return True
-    return tensor.new.dtype == tensor.old.dtype and np.array_equal(old, new)
+    if tensor.new.dtype != tensor.old.dtype or not np.array_equal(old[:_GLANCE], new[:_GLANCE]):
+        return False
+    return np.array_equal(old, new)
 
 
-def _average(old: Floats, new: Floats, weight: float, out: Floats) -> None:
-    """Write (1−w) · old + w · new into `out`; `new` is used up."""
+def _is_plain(tensor: MergedTensor) -> bool:
+    """Return whether all three have one dtype, so that nothing can become too large."""
+    return isinstance(tensor.new, TensorPlace) and (
+        tensor.old.dtype == tensor.new.dtype == tensor.dtype
+    )
+
+
+def _lerp(old: Floats, new: Floats, weight: float) -> float:
+    """Make `new` old + w · (new − old); return the sum of squares of what was added."""
     if weight == 1.0:
-        np.copyto(out, new)
-        return
-    np.multiply(old, 1.0 - weight, out=out)
+        np.subtract(new, old, out=old)
+        return _squares(old)
+    np.subtract(new, old, out=new)
+    squares = _squares(new) * weight**2
     np.multiply(new, weight, out=new)
-    np.add(out, new, out=out)
+    np.add(new, old, out=new)
+    return squares
+
+
+def _is_finite(written: Bytes, dtype: str) -> bool:
+    values = np.empty(written.size // item_size(dtype), np.float64)
+    Converter(fast=False).widen(written, dtype, values)
+    return bool(np.isfinite(values).all())
 
 
 def _squares(values: Floats) -> float:

@@ -12,7 +12,7 @@ from mera_ds.merge.digest import block_ranges, tensor_digest
 from mera_ds.merge.partial import PartialFolder, TensorRecord
 from mera_ds.merge.plan import MergedTensor, MergePlan, Shard
 from mera_ds.merge.safetensors_io import Bytes, MappedFiles, TensorPlace, item_size
-from mera_ds.merge.stream import BlockMerger, BlockResult
+from mera_ds.merge.stream import BlockMerger, BlockResult, Squares
 
 Progress = Callable[[int], None]
 """Is told how many bytes of the output were written since the last call."""
@@ -168,7 +168,9 @@ class _OpenShard:
     def _record(self, tensor: MergedTensor) -> TensorRecord:
         found = self._results[tensor.name]
         blocks = [found[begin] for begin in sorted(found)]
-        weights, update, rounding = (sum(b.squares[n] for b in blocks) for n in range(3))
+        squares = Squares()
+        for block in blocks:
+            squares.add(block.squares)
         tuned = tensor.new.dtype if isinstance(tensor.new, TensorPlace) else tensor.old.dtype
         digests = [
             tensor_digest(dtype, tensor.old.shape, (block.digests[n] for block in blocks))
@@ -176,9 +178,7 @@ class _OpenShard:
         ]
         return TensorRecord(
             changed=any(block.changed for block in blocks) or isinstance(tensor.new, LowRank),
-            weights_squares=weights,
-            update_squares=update,
-            rounding_squares=rounding,
+            squares=squares,
             previous=digests[0],
             tuned=digests[1],
             merged=digests[2],
