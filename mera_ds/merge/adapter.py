@@ -11,16 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mera_ds.errors import InputError
 from mera_ds.files import read_json
 from mera_ds.merge.compare import Findings
-from mera_ds.merge.safetensors_io import FLOATS, TensorPlace, read_header
+from mera_ds.merge.convert import Converter
+from mera_ds.merge.digest import block_ranges
+from mera_ds.merge.safetensors_io import FLOATS, MappedFiles, TensorPlace, read_header
 
 CONFIG = "adapter_config.json"
 FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _LINEAR = (".lora_A.weight", ".lora_B.weight")
+_BASE = ".base_layer.weight"
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base weights as they were."""
@@ -52,6 +57,8 @@ class Adapter:
 
     low_rank: Mapping[str, LowRank]
     full: Mapping[str, TensorPlace]
+    base: Mapping[str, TensorPlace]
+    """Copies of base weights that peft saves beside the factors of embeddings."""
     places: Mapping[str, TensorPlace]
     """All its tensors under their own names."""
 
@@ -75,19 +82,24 @@ def read_adapter(folder: Path, previous: Path, found: Findings) -> Adapter:
             "(model.save_pretrained)"
         )
     places = read_header(folder / FILE)
+    problems = _unmergeable(config)
     found.add(
-        [f"{folder / CONFIG}: {problem}" for problem in _unmergeable(config)],
+        [f"{folder / CONFIG}: {problem}" for problem in problems],
         "merge it with peft (merge_and_unload, save_pretrained) and give that folder as --tuned",
     )
-    base = str(config.get("base_model_name_or_path") or "")
-    if base and Path(base).name != previous.name:
-        found.notes.append(f"{folder} was trained on '{base}', and is added to {previous}")
+    trained_on = str(config.get("base_model_name_or_path") or "")
+    if trained_on and Path(trained_on).name != previous.name:
+        found.notes.append(f"{folder} was trained on '{trained_on}', and is added to {previous}")
+    if problems:
+        return Adapter({}, {}, {}, places)
     low_rank, full, unknown = _sorted_tensors(places, config)
+    base_names = [name for name in full if name.endswith(_BASE)]
+    copies = {f"{name.removesuffix(_BASE)}.weight": full.pop(name) for name in base_names}
     found.add(
         [f"'{name}' of {folder} is no LoRA factor and no tensor of the base" for name in unknown],
         "only LoRA on linear layers and embeddings can be merged",
     )
-    return Adapter(low_rank, full, places)
+    return Adapter(low_rank, full, copies, places)
 
 
 def _unmergeable(config: Mapping[str, Any]) -> list[str]:
@@ -103,8 +115,15 @@ def _unmergeable(config: Mapping[str, Any]) -> list[str]:
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         problems.append(f"init_lora_weights is {start}, which changes the base weights, too")
-    if not isinstance(config.get("r"), int) or "lora_alpha" not in config:
+    if not isinstance(config.get("r"), int) or not isinstance(
+        config.get("lora_alpha"), int | float
+    ):
         problems.append("r or lora_alpha is missing")
+    for pattern in config.get("alpha_pattern") or {}:
+        try:
+            re.compile(pattern)
+        except re.error:
+            problems.append(f"alpha_pattern: '{pattern}' is no pattern")
     return problems
 
 
@@ -178,9 +197,31 @@ def compare_adapter(
     )
     found.add(
         [
+            f"'{name}' of the base of {folder} is not that of {previous}"
+            for name, place in sorted(adapter.base.items())
+            if name in old and not _have_equal_values(old[name], place)
+        ],
+        "give the base model that the adapter was trained on as --previous",
+    )
+    found.add(
+        [
             f"'{name}' is {old[name].dtype} in {previous}"
             for name in sorted(shapes.keys() & old.keys())
             if old[name].dtype not in FLOATS
         ],
         f"only {', '.join(FLOATS)} can be merged: dequantise the base model",
     )
+
+
+def _have_equal_values(one: TensorPlace, other: TensorPlace) -> bool:
+    """Compare two tensors that may have different dtypes."""
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= FLOATS.keys():
+        return False
+    files, converter = MappedFiles([one.file, other.file]), Converter(fast=False)
+    for begin, end in block_ranges(one.elements):
+        values = np.empty((2, end - begin), np.float64)
+        for row, place in zip(values, (one, other), strict=True):
+            converter.widen(files.raw(place, begin, end), place.dtype, row)
+        if not np.array_equal(values[0], values[1]):
+            return False
+    return True
