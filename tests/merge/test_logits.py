@@ -47,7 +47,7 @@ def test_prompts_need_a_tokenizer(tmp_path: Path) -> None:
     previous = checkpoint(tmp_path / "previous", base_model())
     tuned = checkpoint(tmp_path / "tuned", base_model())
     plan = prepare_merge(previous, tuned, 2, tmp_path / "out")
-    with pytest.raises(InputError, match="--prompts needs a tokenizer and .*previous has none"):
+    with pytest.raises(InputError, match=r"--prompts needs a tokenizer and .*previous has none"):
         require_tokenizer(plan)
     (previous / "tokenizer.json").write_text("{}")
     require_tokenizer(plan)
