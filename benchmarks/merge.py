@@ -15,13 +15,11 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,14 @@ import torch
 from merge_inputs import (
     RANK,
     STAGE,
+    Llama,
     differences,
-    layers_for,
+    llama_of,
     make_adapter,
     make_checkpoint,
     make_sparse,
 )
+from merge_tables import Run, markdown, plot, ratios, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers"
@@ -66,18 +66,6 @@ base, adapter, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 """
-
-
-@dataclass(frozen=True)
-class Run:
-    """One execution of a command."""
-
-    wall: float
-    cpu: float
-    anonymous: float
-    """Peak, in GB."""
-    core: float | None
-    """Seconds of the loop alone, where the command says it."""
 
 
 def measure(command: list[str]) -> Run:
@@ -181,7 +169,7 @@ class Contest:
         return found
 
 
-def compare_outputs(contest: Contest, layers: int) -> dict[str, Any]:
+def compare_outputs(contest: Contest, llama: Llama) -> dict[str, Any]:
     """Run everything once, untimed, and require equal outputs."""
     found = {}
     for title, adapter, names in (
@@ -196,7 +184,7 @@ def compare_outputs(contest: Contest, layers: int) -> dict[str, Any]:
         for number, name in enumerate(name for name in names if name in contest.commands):
             folders[name] = contest.work / f"kept{number}"
             contest.run(name, keep=folders[name])
-        found[title] = differences(contest.work, layers, folders, adapter)
+        found[title] = differences(contest.work, llama, folders, adapter)
         for who, figures in found[title].items():
             limit = (0.9 if adapter else 0.55) if who.startswith("ours") else 100.0
             assert figures["largest_error_ulp"] <= limit, (who, figures)
@@ -206,13 +194,13 @@ def compare_outputs(contest: Contest, layers: int) -> dict[str, Any]:
     return found
 
 
-def memory_by_size(work: Path, disk: Path, sizes: tuple[float, ...]) -> dict[str, float]:
+def memory_by_size(work: Path, disk: Path, sizes: Sequence[float], hidden: int) -> dict[str, float]:
     """Return the peak anonymous memory of a merge, by gigabytes of the checkpoint."""
     found = {}
     for size in sizes:
-        layers = layers_for(size)
+        llama = llama_of(size, hidden)
         for name, value in (("A", 1), ("B", 2)):
-            make_sparse(disk / name, layers, value)
+            make_sparse(disk / name, llama, value)
         written = (disk / "A/model.safetensors").stat().st_size / 1e9
         command = [
             *(sys.executable, str(ROOT / "launch/merge.py"), "--previous", str(disk / "A")),
@@ -223,103 +211,6 @@ def memory_by_size(work: Path, disk: Path, sizes: tuple[float, ...]) -> dict[str
         for folder in (disk / "A", disk / "B", work / "out"):
             shutil.rmtree(folder)
     return found
-
-
-def plot(memory: Mapping[str, float], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 3))
-    axes.plot([float(size) for size in memory], [1000 * value for value in memory.values()], "o-")
-    axes.axhline(350, color="grey", linestyle="--", label="limit")
-    axes.set(xlabel="checkpoint, GB", ylabel="peak anonymous memory, MB", ylim=(0, 400))
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
-def summary(runs: Mapping[str, list[Run]]) -> dict[str, dict[str, Any]]:
-    """Return the least wall time and its companions per command."""
-    return {
-        name: {
-            "wall_s": round(min(run.wall for run in found), 3),
-            "wall_median_s": round(statistics.median(run.wall for run in found), 3),
-            "cpu_s": round(min(run.cpu for run in found), 3),
-            "anonymous_gb": round(max(run.anonymous for run in found), 3),
-            "core_s": round(min(run.core for run in found if run.core), 3)
-            if found[0].core
-            else None,
-            "runs": [asdict(run) for run in found],
-        }
-        for name, found in runs.items()
-    }
-
-
-def ratios(table: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return the figures that the goals are about, as far as both sides were measured."""
-    adapted = "ours, base + adapter"
-    wanted = {
-        "mergekit best flags / ours, wall": ("mergekit, best flags", "ours", "wall_s"),
-        "mergekit default / ours, wall": ("mergekit, default", "ours", "wall_s"),
-        "mergekit best flags / ours, CPU": ("mergekit, best flags", "ours", "cpu_s"),
-        "ours / mergekit best flags, memory": ("ours", "mergekit, best flags", "anonymous_gb"),
-        "ours / copy, core loop": ("ours", "copy, 2 threads", "core_s"),
-        "mergekit base+lora / ours, wall": (
-            "mergekit, base+lora",
-            "ours, base + adapter",
-            "wall_s",
-        ),
-        "peft / ours, wall": ("peft, merge_and_unload", adapted, "wall_s"),
-        "ours / peft, memory": (adapted, "peft, merge_and_unload", "anonymous_gb"),
-    }
-    return {
-        title: round(table[one][key] / table[other][key], 3)
-        for title, (one, other, key) in wanted.items()
-        if one in table and other in table
-    }
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    rows = [
-        f"| {name} | {found['wall_s']:.2f} | {found['core_s'] or '–'} | {found['cpu_s']:.2f} | "
-        f"{found['anonymous_gb']:.3f} |"
-        for name, found in results["table"].items()
-    ]
-    accuracy = [
-        f"| {title} | {who} | {100 * found['not_nearest']:.3g} % | {found['largest_error_ulp']} | "
-        f"{'yes' if found['frozen_identical'] else 'no'} |"
-        for title, whos in results["accuracy"].items()
-        for who, found in whos.items()
-    ]
-    return "\n".join(
-        [
-            f"# Merging, {results['gigabytes']:.2f} GB per checkpoint, tmpfs",
-            "",
-            f"{results['hardware']}; commit {results['commit']}; load before {results['load']}; "
-            f"least of {results['repeats']} interleaved runs.",
-            "",
-            "| | wall s | core loop s | CPU s | peak anonymous GB |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-            *(f"- {title}: {value}" for title, value in results["ratios"].items()),
-            f"- the adapter alone is {results['delta_bytes'] / 1e6:.0f} MB, "
-            f"1/{results['gigabytes'] * 1e9 / results['delta_bytes']:.1f} of the merged weights",
-            "",
-            "Against the merge in fp64 (rounding to nearest is at most 0.5 ulp):",
-            "",
-            "| | | not nearest | largest error, ulp | frozen tensors identical |",
-            "|---|---|---|---|---|",
-            *accuracy,
-            "",
-            "Peak anonymous memory by size: "
-            + ", ".join(f"{size} GB: {gb} GB" for size, gb in results["memory"].items())
-            + ".",
-            "",
-        ]
-    )
 
 
 def hardware() -> str:
@@ -345,6 +236,7 @@ def ensure_peers() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.2, help="of each checkpoint")
+    parser.add_argument("--hidden", type=int, default=2048, help="width of the models")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/mera-merge"))
     parser.add_argument("--disk", type=Path, default=ROOT / "build/merge", help="sparse files")
@@ -368,14 +260,14 @@ def main() -> None:
 
 def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     """Make the inputs, compare the outputs, run everything; return all figures."""
-    work, layers = arguments.work, layers_for(arguments.gigabytes)
+    work, llama = arguments.work, llama_of(arguments.gigabytes, arguments.hidden)
     load = os.getloadavg()
     for number, name in enumerate("AB"):
-        make_checkpoint(work / name, layers, number)
-    make_adapter(work / "adapter", work / "A", layers, RANK)
-    make_adapter(work / "adapter-part", work / "A", layers, RANK / STAGE)
+        make_checkpoint(work / name, llama, number)
+    make_adapter(work / "adapter", work / "A", llama, RANK)
+    make_adapter(work / "adapter-part", work / "A", llama, RANK / STAGE)
     contest = Contest(work, not arguments.no_peers)
-    accuracy = compare_outputs(contest, layers)
+    accuracy = compare_outputs(contest, llama)
     runs: dict[str, list[Run]] = {name: [] for name in contest.commands}
     for repeat in range(arguments.repeats):
         for name, found in runs.items():
@@ -398,7 +290,9 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         "ratios": ratios(table),
         "delta_bytes": delta,
         "accuracy": accuracy,
-        "memory": memory_by_size(work, arguments.disk, tuple(arguments.memory_sizes)),
+        "memory": memory_by_size(
+            work, arguments.disk, tuple(arguments.memory_sizes), arguments.hidden
+        ),
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +15,66 @@ from mera_ds.merge.safetensors_io import header_bytes
 
 STAGE = 3
 RANK = 128
-HIDDEN, INNER, VOCABULARY = 2048, 5632, 32_000
-SHAPES = {
-    **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
 SPAN_BYTES = 1 << 19
 ROWS = 8
 """Every eighth row of each tensor is compared with the merge in fp64."""
 
 
-def layers_for(gigabytes: float) -> int:
-    per_layer = sum(rows * columns for rows, columns in SHAPES.values())
-    return max(1, round((gigabytes * 1e9 / 2 - 2 * VOCABULARY * HIDDEN) / per_layer))
+@dataclass(frozen=True)
+class Llama:
+    """A model by its width and depth; the proportions are those of TinyLlama."""
+
+    hidden: int
+    layers: int
+
+    @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """Shapes of the linear layers of one block."""
+        hidden, inner = self.hidden, 11 * self.hidden // 4
+        return {
+            **{f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"},
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return 125 * self.hidden // 8
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """All tensors."""
+        ends = (self.vocabulary, self.hidden)
+        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": ends}
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}"
+            found |= {f"{prefix}.{name}.weight": shape for name, shape in self.linear.items()}
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                found[f"{prefix}.{norm}.weight"] = (self.hidden,)
+        return {**found, "model.norm.weight": (self.hidden,), "lm_head.weight": ends}
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of a Llama with so many layers."""
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        found |= {f"{prefix}.{name}.weight": shape for name, shape in SHAPES.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            found[f"{prefix}.{norm}.weight"] = (HIDDEN,)
-    return {**found, "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+def llama_of(gigabytes: float, hidden: int) -> Llama:
+    """Return a model of about that size in fp16."""
+    one = Llama(hidden, 1)
+    block = sum(rows * columns for rows, columns in one.linear.values())
+    layers = round((gigabytes * 1e9 / 2 - 2 * one.vocabulary * hidden) / block)
+    return Llama(hidden, max(1, layers))
 
 
-def write_config(folder: Path, layers: int) -> None:
+def write_config(folder: Path, llama: Llama) -> None:
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": layers,
+        "hidden_size": llama.hidden,
+        "intermediate_size": llama.linear["mlp.up_proj"][0],
+        "num_hidden_layers": llama.layers,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
-        "vocab_size": VOCABULARY,
+        "vocab_size": llama.vocabulary,
         "tie_word_embeddings": False,
         "torch_dtype": "float16",
     }
@@ -69,11 +91,11 @@ def in_three(sizes: Mapping[str, int]) -> list[list[str]]:
     return parts
 
 
-def make_checkpoint(folder: Path, layers: int, seed: int) -> None:
+def make_checkpoint(folder: Path, llama: Llama, seed: int) -> None:
     """Write random weights; every element differs from one seed to another, norms too."""
-    write_config(folder, layers)
+    write_config(folder, llama)
     generator = torch.Generator().manual_seed(seed)
-    wanted = shapes(layers)
+    wanted = llama.shapes
     parts = in_three({name: torch.Size(shape).numel() for name, shape in wanted.items()})
     index = {}
     for number, names in enumerate(parts, start=1):
@@ -88,12 +110,12 @@ def make_checkpoint(folder: Path, layers: int, seed: int) -> None:
     )
 
 
-def make_adapter(folder: Path, base: Path, layers: int, alpha: float) -> None:
+def make_adapter(folder: Path, base: Path, llama: Llama, alpha: float) -> None:
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(7)
     tensors = {}
-    for layer in range(layers):
-        for name, (rows, columns) in SHAPES.items():
+    for layer in range(llama.layers):
+        for name, (rows, columns) in llama.linear.items():
             key = f"base_model.model.model.layers.{layer}.{name}"
             for factor, shape in (("A", (RANK, columns)), ("B", (rows, RANK))):
                 values = 0.02 * torch.randn(shape, generator=generator)
@@ -105,16 +127,16 @@ def make_adapter(folder: Path, base: Path, layers: int, alpha: float) -> None:
         "base_model_name_or_path": str(base),
         "r": RANK,
         "lora_alpha": alpha,
-        "target_modules": sorted({name.rpartition(".")[2] for name in SHAPES}),
+        "target_modules": sorted({name.rpartition(".")[2] for name in llama.linear}),
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def make_sparse(folder: Path, layers: int, value: int) -> None:
+def make_sparse(folder: Path, llama: Llama, value: int) -> None:
     """Write a checkpoint of holes with one number per half megabyte: any size, little disk."""
-    write_config(folder, layers)
-    header = header_bytes((name, "F16", shape) for name, shape in shapes(layers).items())
-    size = len(header) + 2 * sum(torch.Size(shape).numel() for shape in shapes(layers).values())
+    write_config(folder, llama)
+    header = header_bytes((name, "F16", shape) for name, shape in llama.shapes.items())
+    size = len(header) + 2 * sum(torch.Size(shape).numel() for shape in llama.shapes.values())
     with (folder / "model.safetensors").open("wb") as file:
         file.truncate(size)
         file.write(header)
@@ -130,10 +152,10 @@ def tensors_of(folder: Path) -> Callable[[str], Tensor]:
     return lambda name: places[name].get_tensor(name)
 
 
-def exact_parts(work: Path, layers: int, adapter: bool) -> Iterator[tuple[str, Tensor]]:
+def exact_parts(work: Path, llama: Llama, adapter: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield every eighth row of every tensor of the merge in fp64."""
     old, new = tensors_of(work / "A"), tensors_of(work / ("adapter" if adapter else "B"))
-    for name in shapes(layers):
+    for name in llama.shapes:
         before = old(name)[::ROWS].double()
         if not adapter:
             yield name, before + (new(name)[::ROWS].double() - before) / STAGE
@@ -145,7 +167,7 @@ def exact_parts(work: Path, layers: int, adapter: bool) -> Iterator[tuple[str, T
             yield name, before
 
 
-def differences(work: Path, layers: int, folders: Mapping[str, Path], adapter: bool) -> Any:
+def differences(work: Path, llama: Llama, folders: Mapping[str, Path], adapter: bool) -> Any:
     """Compare written weights with the exact ones: share not rounded right, largest error in ulp.
 
     An element counts as rounded right if it is the nearest fp16 number, up to the error of fp32
@@ -155,7 +177,7 @@ def differences(work: Path, layers: int, folders: Mapping[str, Path], adapter: b
     wrong, worst = dict.fromkeys(folders, 0), dict.fromkeys(folders, 0.0)
     frozen = dict.fromkeys(folders, True)
     total, old = 0, tensors_of(work / "A")
-    for name, exact in exact_parts(work, layers, adapter):
+    for name, exact in exact_parts(work, llama, adapter):
         unit = 2.0 ** (torch.frexp(exact).exponent.clamp(min=-13) - 11)
         total += exact.numel()
         for who, read in readers.items():

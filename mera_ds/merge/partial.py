@@ -86,7 +86,7 @@ class PartialFolder:
             else:
                 left.append(shard)
         self._remove_unfinished()
-        self._write_state()
+        self._write_state(self._done)
         if self._done:
             logger.info("%d of %d files are done", len(self._done), len(self._plan.shards))
         return left
@@ -103,14 +103,14 @@ class PartialFolder:
 
     def record(self, shard: Shard, records: Records) -> None:
         """Note that a file is complete; it must be on disk."""
+        self._write_state({**self._done, shard.file: records})
         self._done[shard.file] = records
-        self._write_state()
         failpoint("merge.after_file")
 
-    def _write_state(self) -> None:
+    def _write_state(self, finished: Mapping[str, Records]) -> None:
         done = {
             file: {name: asdict(record) for name, record in sorted(records.items())}
-            for file, records in sorted(self._done.items())
+            for file, records in sorted(finished.items())
         }
         write_json(self.folder / STATE, {"key": self._plan.key, "done": done})
 
