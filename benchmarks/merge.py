@@ -93,7 +93,11 @@ def measure(command: list[str]) -> Run:
         sys.exit(f"{' '.join(command)} failed:\n{output[-3000:]}")
     core = re.search(r"core ([\d.]+)", output)
     rate = re.search(r"\(([\d.]+) GB, ([\d.]+) GB/s\)", output)
-    seconds = float(core[1]) if core else float(rate[1]) / float(rate[2]) if rate else None
+    seconds = None
+    if core is not None:
+        seconds = float(core[1])
+    elif rate is not None and float(rate[2]) > 0:
+        seconds = float(rate[1]) / float(rate[2])
     return Run(wall, usage.ru_utime + usage.ru_stime, peak[0] / 1e9, seconds)
 
 

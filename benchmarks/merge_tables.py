@@ -42,13 +42,15 @@ def summary(runs: Mapping[str, list[Run]]) -> dict[str, dict[str, Any]]:
             "wall_median_s": round(statistics.median(run.wall for run in found), 3),
             "cpu_s": round(min(run.cpu for run in found), 3),
             "anonymous_gb": round(max(run.anonymous for run in found), 3),
-            "core_s": round(min(run.core for run in found if run.core), 3)
-            if found[0].core
-            else None,
+            "core_s": _least([run.core for run in found if run.core is not None]),
             "runs": [asdict(run) for run in found],
         }
         for name, found in runs.items()
     }
+
+
+def _least(seconds: list[float]) -> float | None:
+    return round(min(seconds), 3) if seconds else None
 
 
 def ratios(table: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -71,7 +73,7 @@ def ratios(table: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {
         title: round(table[one][key] / table[other][key], 3)
         for title, (one, other, key) in wanted.items()
-        if one in table and other in table
+        if one in table and other in table and table[one][key] and table[other][key]
     }
 
 
