@@ -115,7 +115,12 @@ class MergePlan:
         """
         files = [_stamps(places) for places in (self.old, self.new)]
         layout = [[shard.file, shard.header.decode("latin1")] for shard in self.shards]
-        return sha256_json([self.stage, files, layout])
+        updates = [
+            [tensor.name, tensor.new.scale, tensor.new.transposed]
+            for tensor in self.tensors
+            if isinstance(tensor.new, LowRank)
+        ]
+        return sha256_json([self.stage, files, layout, updates])
 
 
 def _stamps(places: Mapping[str, TensorPlace]) -> list[list[str | int]]:

@@ -21,7 +21,7 @@ _SPARE_BYTES = 10_000_000
 
 def default_workers() -> int:
     """Return how many threads a merge uses: memory bandwidth is used up by eight."""
-    return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
 
 
 def prepare_merge(

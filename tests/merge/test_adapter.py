@@ -1,6 +1,7 @@
 """Base + LoRA adapter in one pass: what peft makes of it, without the dense update."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,18 @@ def test_the_record_names_the_adapter(base: Path, tmp_path: Path) -> None:
     assert "tuned (LoRA adapter) | adapter" in (output / "README.md").read_text()
     with pytest.raises(InputError, match=r"went into .*out already, as stage 3"):
         prepare_merge(output, adapter, 4, tmp_path / "again")
+
+
+def test_another_alpha_is_another_merge(base: Path, tmp_path: Path) -> None:
+    """What is left of a stopped merge is not continued with it."""
+    keys = set()
+    for alpha in (6, 7):
+        adapter = trained(base_model(), tmp_path / "adapter")
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": alpha}))
+        os.utime(adapter / "adapter_model.safetensors", ns=(0, 0))
+        keys.add(prepare_merge(base, adapter, 2, tmp_path / "out").key)
+    assert len(keys) == 2
 
 
 class TestRefusals:
