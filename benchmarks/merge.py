@@ -265,7 +265,7 @@ def main() -> None:
 def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     """Make the inputs, compare the outputs, run everything; return all figures."""
     work, llama = arguments.work, llama_of(arguments.gigabytes, arguments.hidden)
-    load = os.getloadavg()
+    load = [round(os.getloadavg()[0], 2)]
     for number, name in enumerate("AB"):
         make_checkpoint(work / name, llama, number)
     make_adapter(work / "adapter", work / "A", llama, RANK)
@@ -277,6 +277,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, found in runs.items():
             found.append(contest.run(name))
             print(f"{repeat + 1}  {name:24}  {found[-1]}", file=sys.stderr, flush=True)
+    load.append(round(os.getloadavg()[0], 2))
     table = summary(runs)
     gigabytes = sum(file.stat().st_size for file in (work / "A").glob("*.safetensors")) / 1e9
     delta = (work / "adapter/adapter_model.safetensors").stat().st_size
@@ -287,7 +288,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "hardware": hardware(),
         "commit": commit or "unknown",
-        "load": [round(value, 2) for value in load],
+        "load": load,
         "gigabytes": gigabytes,
         "repeats": arguments.repeats,
         "table": table,

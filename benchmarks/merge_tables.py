@@ -62,6 +62,7 @@ def ratios(table: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         "mergekit best flags / ours, CPU": ("mergekit, best flags", "ours", "cpu_s"),
         "ours / mergekit best flags, memory": ("ours", "mergekit, best flags", "anonymous_gb"),
         "ours / copy, core loop": ("ours", "copy, 2 threads", "core_s"),
+        "mergekit base+lora / ours, CPU": ("mergekit, base+lora", adapted, "cpu_s"),
         "mergekit base+lora / ours, wall": (
             "mergekit, base+lora",
             "ours, base + adapter",
@@ -93,7 +94,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         [
             f"# Merging, {results['gigabytes']:.2f} GB per checkpoint, tmpfs",
             "",
-            f"{results['hardware']}; commit {results['commit']}; load before {results['load']}; "
+            f"{results['hardware']}; commit {results['commit']}; load average before and after "
+            f"{results['load']}; "
             f"least of {results['repeats']} interleaved runs.",
             "",
             "| | wall s | core loop s | CPU s | peak anonymous GB |",

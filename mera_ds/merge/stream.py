@@ -91,7 +91,7 @@ class BlockMerger:
             return self._block(tensor, begin, end, write)
 
     def _block(self, tensor: MergedTensor, begin: int, end: int, write: Write) -> BlockResult:
-        digests = (BlockDigest(), BlockDigest(), BlockDigest())
+        before, tuned, after = BlockDigest(), BlockDigest(), BlockDigest()
         squares, changed = Squares(), False
         for start in range(begin, end, SPAN):
             stop = min(start + SPAN, end)
@@ -104,10 +104,13 @@ class BlockMerger:
                 merged = self._span(tensor, old, new, start - begin, squares)
                 changed = True
             write(merged, start * item_size(tensor.dtype))
-            for digest, piece in zip(digests, (old, new, merged), strict=True):
-                digest.add(piece)
-        first, second, third = (digest.digest() for digest in digests)
-        return BlockResult(changed, squares, (first, second, third))
+            before.add(old)
+            after.add(merged)
+            if new is not old:
+                tuned.add(new)
+        full = isinstance(tensor.new, TensorPlace)
+        digests = (before.digest(), (tuned if full else before).digest(), after.digest())
+        return BlockResult(changed, squares, digests)
 
     def _span(
         self, tensor: MergedTensor, old: Bytes, new: Bytes, offset: int, squares: Squares
