@@ -1,7 +1,8 @@
 """Merge a tuned backbone with the previous stage's, on a CPU.
 
 python launch/merge.py --modality audio                          in a run: exact, by lineage
-python launch/merge.py --previous A --tuned B --stage 3 --out C  any two HF checkpoint folders
+python launch/merge.py --previous A --tuned B --stage 3 --out C  any two HF checkpoint folders, or
+                                                                 a folder and a LoRA adapter on it
 """
 
 import sys

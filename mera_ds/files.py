@@ -100,20 +100,26 @@ def committed_folder(final: Path) -> Iterator[Path]:
         with full_disk_is_an_error(final):
             temporary.mkdir(parents=True)
             yield temporary
-            _sync_tree(temporary)
-        failpoint("commit.before_rename")
-        if final.exists():
-            outgoing = final.with_name(f"{final.name}{OUTGOING}-{os.getpid()}")
-            final.rename(outgoing)
-            failpoint("commit.between_renames")
-            temporary.rename(final)
-            shutil.rmtree(outgoing)
-        else:
-            temporary.rename(final)
-        sync_folder(final.parent)
-        failpoint("commit.after_rename")
+        publish_folder(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(unfinished: Path, final: Path) -> None:
+    """Fsync every file of a complete folder and give it its final name, replacing what has it."""
+    with full_disk_is_an_error(final):
+        _sync_tree(unfinished)
+    failpoint("commit.before_rename")
+    if final.exists():
+        outgoing = final.with_name(f"{final.name}{OUTGOING}-{os.getpid()}")
+        final.rename(outgoing)
+        failpoint("commit.between_renames")
+        unfinished.rename(final)
+        shutil.rmtree(outgoing)
+    else:
+        unfinished.rename(final)
+    sync_folder(final.parent)
+    failpoint("commit.after_rename")
 
 
 def _sync_tree(folder: Path) -> None:

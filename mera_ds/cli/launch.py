@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mera_ds.cli.merging import add_merge_arguments, merge_folders
 from mera_ds.config import load_profile
 from mera_ds.errors import InputError, Interrupted, MeraError
 from mera_ds.files import folder_lock, remove_temporaries
@@ -142,13 +143,7 @@ def train_stage(phases: Sequence[str]) -> int:
 def merge() -> int:
     """Merge in a run, or any two HF checkpoints (`launch/merge.py`)."""
     parser = _parser("Merge a tuned backbone with the previous one.")
-    parser.add_argument("--previous", type=Path, help="HF checkpoint folder of the previous stage")
-    parser.add_argument("--tuned", type=Path, help="HF checkpoint folder trained from it")
-    parser.add_argument("--stage", type=int, help="number of the stage, from 1")
-    parser.add_argument("--out", type=Path, help="folder to write")
-    parser.add_argument(
-        "--shard-size", type=int, default=2_000_000_000, help="most bytes per output file"
-    )
+    add_merge_arguments(parser)
     arguments = parse_with_overrides(parser)
 
     def command() -> None:
@@ -157,23 +152,11 @@ def merge() -> int:
         set_up_console()
         free = [arguments.previous, arguments.tuned, arguments.stage, arguments.out]
         if any(entry is not None for entry in free):
-            _merge_folders(arguments)
+            merge_folders(arguments)
         else:
             _merge_in_run(arguments)
 
     return guarded(command)
-
-
-def _merge_folders(arguments: argparse.Namespace) -> None:
-    from mera_ds.merge.state_dicts import merge_checkpoints
-
-    for name in ("previous", "tuned", "stage", "out"):
-        if getattr(arguments, name) is None:
-            raise InputError(f"--{name} is missing; give --previous, --tuned, --stage and --out")
-    merge_checkpoints(
-        arguments.previous, arguments.tuned, arguments.stage, arguments.out, arguments.shard_size
-    )
-    print(f"merged: {arguments.out}")
 
 
 def _merge_in_run(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from mera_ds.checkpoint import read_manifest
 from mera_ds.config import PROFILES
 from mera_ds.shards.reader import ShardReader
 
-from .commands import REPOSITORY, finish, run, start, succeed, wait_for
+from .commands import REPOSITORY, finish, listing, run, start, succeed, wait_for
 
 Refused = Callable[..., str]
 
@@ -363,3 +363,29 @@ class TestFullDisk:
         fill_names(disk)
         message = refused(f"mera-ds run {folder}", 5, folder)
         assert f"{folder}/.lock was not written; free some space" in message
+
+    def test_a_merge_keeps_its_finished_files(
+        self, fresh: Path, tmp_path: Path, disk: Path
+    ) -> None:
+        """Names for the folder, its state and some of the seven files."""
+        shutil.copytree(fresh / "backbone", tmp_path / "A")
+        shutil.copytree(fresh / "backbone", tmp_path / "B")
+        command = (
+            f"python {REPOSITORY}/launch/merge.py --previous A --tuned B --stage 2 "
+            f"--shard-size 100KB --workers 1 --out"
+        )
+        succeed(f"{command} {tmp_path}/expected", tmp_path)
+        fill_names(disk)
+        for number in range(6):
+            (disk / f"filler/{number}").unlink()
+        ended = run(f"{command} {disk}/C", tmp_path)
+        assert ended.status == 5, ended
+        assert "the disk is full" in ended.message
+        assert "continues from the last finished file" in ended.message
+        done = json.loads((disk / "C.partial/state.json").read_text(encoding="utf-8"))["done"]
+        left = {path.name for path in (disk / "C.partial").iterdir()}
+        assert left == {*done, "state.json"}
+        assert done
+        shutil.rmtree(disk / "filler")
+        succeed(f"{command} {disk}/C", tmp_path)
+        assert listing(disk / "C") == listing(tmp_path / "expected")

@@ -1,78 +1,29 @@
-"""The literal average of two checkpoints: right, equal to the lineage, and careful with files."""
+"""The literal merge of two models on disk: right, equal to the lineage, and a complete folder."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from mera_ds.checkpoint import NewDelta, read_manifest, write_product
 from mera_ds.errors import DataError, InputError
-from mera_ds.files import FAILPOINT_VARIABLE
+from mera_ds.merge.card import REPORT
+from mera_ds.merge.compare import RECORD
+from mera_ds.merge.digest import read_digests, weights_digest
 from mera_ds.merge.lineage import merge_product
-from mera_ds.merge.state_dicts import INDEX, average, merge_checkpoints, tensor_places
+from mera_ds.merge.safetensors_io import INDEX, tensor_places
+from mera_ds.merge.state_dicts import carry_out, merge_checkpoints, prepare_merge
 from mera_ds.model.backbone import fold_lineage
 from mera_ds.model.lora import WeightedDelta, fold_deltas, linear_layers
 
-SCALE = 2.0
+from .models import SCALE, base_model, checkpoint, moved, random_delta, state
+
 LAYOUTS = ("20KB", "5GB", "8KB", "35KB")
 """Largest shard of each stage's checkpoint: the two inputs of a merge are never cut alike."""
-
-
-def base_model(**changes: Any) -> LlamaForCausalLM:
-    settings = {
-        "vocab_size": 48,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": False,
-    }
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
-
-
-def random_delta(stage: int) -> dict[str, Tensor]:
-    """Return LoRA factors of rank 3 on every linear layer, as large as the weights."""
-    generator = torch.Generator().manual_seed(stage)
-    tensors = {}
-    for name, layer in linear_layers(base_model()).items():
-        outputs, inputs = layer.weight.shape
-        tensors[f"{name}.lora_A"] = 0.1 * torch.randn(3, inputs, generator=generator)
-        tensors[f"{name}.lora_B"] = 0.1 * torch.randn(outputs, 3, generator=generator)
-    return tensors
-
-
-def state(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint folder."""
-    return {
-        name: tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def checkpoint(folder: Path, model: PreTrainedModel, layout: str = "5GB") -> Path:
-    model.save_pretrained(folder, max_shard_size=layout)
-    return folder
-
-
-def moved(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Return the model after a fold of a random delta."""
-    fold_deltas(model, [WeightedDelta(random_delta(seed), SCALE, "delta")])
-    return model
 
 
 @pytest.fixture
@@ -133,36 +84,6 @@ class TestChain:
             assert torch.equal(merged[name], tensor), name
 
 
-class TestArithmetic:
-    @pytest.mark.parametrize("stage", [2, 3, 4, 7])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_is_rounded_once(self, stage: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(stage)
-        old, new = (torch.randn(50_000, generator=generator).to(dtype) for _ in range(2))
-        exact = old.double() * (stage - 1) / stage + new.double() / stage
-        found = average(old, new, stage)
-        assert found.dtype == dtype
-        half_unit = torch.finfo(dtype).eps / 2 * 2.0 ** (torch.frexp(exact).exponent - 1)
-        fp32_arithmetic = 2.0**-22 * (old.double().abs() + new.double().abs())
-        bound = half_unit + fp32_arithmetic
-        assert bool(((found.double() - exact).abs() <= bound).all())
-        naive = (old * ((stage - 1) / stage) + new / stage).double()
-        sharp = not bool(((naive - exact).abs() <= bound).all())
-        assert sharp or stage == 2, "halves are exact, all else would show a second rounding"
-
-    def test_what_did_not_change_comes_out_bit_identical(self) -> None:
-        for dtype in (torch.float32, torch.bfloat16):
-            old = torch.randn(10_000).to(dtype)
-            for stage in range(1, 8):
-                assert torch.equal(average(old, old.clone(), stage), old)
-
-    def test_the_dtype_is_that_of_the_previous_one(self) -> None:
-        old, new = torch.zeros(4, dtype=torch.bfloat16), torch.ones(4)
-        assert average(old, new, 4).tolist() == [0.25] * 4
-        assert average(old, new, 4).dtype == torch.bfloat16
-        assert average(new, old, 4).dtype == torch.float32
-
-
 class TestLayouts:
     def test_any_two_layouts_give_the_same(self, tmp_path: Path) -> None:
         results = []
@@ -195,9 +116,11 @@ class TestLayouts:
     def test_one_file_needs_no_index(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
         output = merge_checkpoints(*pair, 2, tmp_path / "out")
         assert sorted(path.name for path in output.iterdir()) == [
+            "README.md",
             "config.json",
             "generation_config.json",
             "merge.json",
+            "merge_report.json",
             "model.safetensors",
         ]
 
@@ -209,18 +132,70 @@ class TestLayouts:
         output = merge_checkpoints(*pair, 2, tmp_path / "out")
         assert not [path for path in output.iterdir() if "old weights" in path.read_text("latin1")]
 
-    def test_the_record_names_the_inputs(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
+
+class TestFolder:
+    def test_the_record_names_inputs_and_output_by_their_weights(
+        self, pair: tuple[Path, Path], tmp_path: Path
+    ) -> None:
         output = merge_checkpoints(*pair, 2, tmp_path / "out")
-        record = json.loads((output / "merge.json").read_text())
-        assert record["stage"] == 2
+        record = json.loads((output / RECORD).read_text())
+        assert (record["stage"], record["coefficient"]) == (2, "1/2")
         for name, folder in zip(("previous", "tuned"), pair, strict=True):
-            files = {path.name for path in folder.glob("*.safetensors")}
-            assert set(record["inputs"][name]) == files
+            files = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+            found = record["inputs"][name]
+            assert (found["folder"], found["files"]) == (name, files)
+            assert found["weights"] == weights_digest(read_digests(tensor_places(folder), 1))
+        assert record["weights"] == weights_digest(read_digests(tensor_places(output), 2))
+        card = (output / "README.md").read_text()
+        assert all(entry["weights"] in card for entry in record["inputs"].values())
+        assert record["weights"] in card
+        assert str(tmp_path) not in card + json.dumps(record)
 
+    def test_the_report_gives_the_norms_of_every_tensor(
+        self, pair: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        merge_checkpoints(*pair, 3, tmp_path / "out", dtype="BF16")
+        report = json.loads((tmp_path / "out" / REPORT).read_text())
+        old, new, written = (state(folder) for folder in (*pair, tmp_path / "out"))
+        assert report["tensors"].keys() == old.keys()
+        squares = 0.0
+        for name, entry in report["tensors"].items():
+            update = (new[name].double() - old[name].double()) / 3
+            exact = old[name].double() + update
+            error = (written[name].double() - exact).norm() / exact.norm()
+            assert entry["update_norm"] == pytest.approx(float(update.norm()), rel=1e-4)
+            assert entry["rounding_error"] == pytest.approx(float(error), rel=1e-3, abs=1e-9)
+            squares += float(update.norm()) ** 2
+        assert report["total"]["update_norm"] == pytest.approx(squares**0.5, rel=1e-4)
 
-def config_changed(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    def test_the_report_counts_what_did_not_change(
+        self, pair: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        totals = carry_out(prepare_merge(*pair, 3, tmp_path / "out"), tmp_path / "out")
+        linear = len(linear_layers(base_model()))
+        assert totals.tensors - totals.unchanged == linear
+        assert totals.lines()[-1] == f"{totals.unchanged} of {totals.tensors} tensors unchanged"
+
+    def test_another_dtype_is_written_into_the_configuration(
+        self, pair: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        output = merge_checkpoints(*pair, 2, tmp_path / "out", dtype="BF16")
+        assert {tensor.dtype for tensor in state(output).values()} == {torch.bfloat16}
+        assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.bfloat16
+
+    def test_the_tokenizer_of_the_tuned_model_if_only_it_has_one(
+        self, pair: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        (pair[1] / "tokenizer.json").write_text('{"some": "tokenizer"}')
+        output = merge_checkpoints(*pair, 2, tmp_path / "out")
+        assert (output / "tokenizer.json").read_text() == '{"some": "tokenizer"}'
+
+    def test_the_card_of_an_input_is_not_taken_over(
+        self, pair: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        (pair[0] / "README.md").write_text("an older card")
+        output = merge_checkpoints(*pair, 2, tmp_path / "out")
+        assert "an older card" not in (output / "README.md").read_text()
 
 
 class TestRefusals:
@@ -235,82 +210,9 @@ class TestRefusals:
         with pytest.raises(InputError, match=rf"--stage is {stage}; stages count from 1"):
             merge_checkpoints(*pair, stage, tmp_path / "out")
 
-    def test_all_differences_are_listed(self, tmp_path: Path) -> None:
-        previous = checkpoint(tmp_path / "previous", base_model())
-        tuned = checkpoint(tmp_path / "tuned", base_model(vocab_size=50, num_hidden_layers=1))
-        tensors = state(tuned)
-        save_file({**tensors, "extra": torch.ones(1)}, tuned / "model.safetensors")
-        config_changed(tuned, model_type="mistral", tie_word_embeddings=True)
-        with pytest.raises(InputError) as caught:
-            merge_checkpoints(previous, tuned, 2, tmp_path / "out")
-        message = str(caught.value)
-        for expected in (
-            f"'model.layers.1.mlp.up_proj.weight' is only in {previous}",
-            f"'extra' is only in {tuned}",
-            f"'lm_head.weight' is (48, 24) in {previous} and (50, 24) in {tuned}",
-            f"vocab_size is 48 in {previous} and 50 in {tuned}",
-            "model_type is llama",
-            "tie_word_embeddings is False",
-        ):
-            assert expected in message
-        assert not (tmp_path / "out").exists()
-
-    @pytest.mark.parametrize("stage", [1, 2, 4])
-    def test_another_stage_than_the_next(
-        self, pair: tuple[Path, Path], tmp_path: Path, stage: int
-    ) -> None:
-        merged = merge_checkpoints(*pair, 2, tmp_path / "merged")
-        message = rf"merged is the merge of stage 2 .* so the next is stage 3, not {stage}"
-        with pytest.raises(InputError, match=message):
-            merge_checkpoints(merged, pair[1], stage, tmp_path / "out")
-        merge_checkpoints(merged, pair[1], 3, tmp_path / "out")
-
-    def test_a_merge_in_place_of_the_tuned_model(
-        self, pair: tuple[Path, Path], tmp_path: Path
-    ) -> None:
-        merged = merge_checkpoints(*pair, 2, tmp_path / "merged")
-        with pytest.raises(InputError, match=r"merged is the result of a merge"):
-            merge_checkpoints(pair[0], merged, 2, tmp_path / "out")
-
-    def test_a_folder_that_is_no_checkpoint(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
-        (pair[1] / "config.json").unlink()
-        with pytest.raises(InputError, match="tuned holds no HF checkpoint"):
-            merge_checkpoints(*pair, 2, tmp_path / "out")
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def pickled(path: Path) -> None:
-    torch.save({"w": torch.ones(1)}, path)
-
-
-class TestDamage:
-    @pytest.mark.parametrize("damage", [cut, pickled])
-    @pytest.mark.parametrize("which", [0, 1])
-    def test_a_damaged_file_is_named(
-        self,
-        pair: tuple[Path, Path],
-        tmp_path: Path,
-        which: int,
-        damage: Callable[[Path], None],
-    ) -> None:
-        file = sorted(pair[which].glob("*.safetensors"))[0]
-        damage(file)
-        with pytest.raises(DataError, match=rf"{file.name} can't be read as safetensors"):
-            merge_checkpoints(*pair, 2, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-    def test_a_missing_file_is_noticed(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
-        sorted(pair[0].glob("*.safetensors"))[1].unlink()
-        with pytest.raises(DataError, match=r"index\.json and the files disagree on"):
-            merge_checkpoints(*pair, 2, tmp_path / "out")
-
-    def test_a_tensor_in_two_files_is_named(self, pair: tuple[Path, Path]) -> None:
-        shutil.copyfile(pair[1] / "model.safetensors", pair[1] / "again.safetensors")
-        with pytest.raises(DataError, match=r"is in again\.safetensors and model\.safetensors"):
-            tensor_places(pair[1])
+    def test_a_shard_size_of_nothing(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"--shard-size is 0; give a positive"):
+            merge_checkpoints(*pair, 1, tmp_path / "out", shard_size=0)
 
     def test_what_is_not_finite_is_not_written(
         self, pair: tuple[Path, Path], tmp_path: Path
@@ -318,47 +220,6 @@ class TestDamage:
         tensors = state(pair[1])
         tensors["lm_head.weight"][0, 0] = float("nan")
         save_file(tensors, pair[1] / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(DataError, match=r"'lm_head\.weight' is not finite; .*tuned"):
+        with pytest.raises(DataError, match=r"'lm_head\.weight' is not finite in F32; .*tuned"):
             merge_checkpoints(*pair, 2, tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["previous", "tuned"]
-
-
-MERGE = """
-import sys
-from pathlib import Path
-from mera_ds.merge.state_dicts import merge_checkpoints
-previous, tuned, out = map(Path, sys.argv[1:])
-merge_checkpoints(previous, tuned, 2, out, shard_size=10_000)
-"""
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-@pytest.mark.parametrize(
-    ("point", "committed"),
-    [
-        ("merge.after_file:2", False),
-        ("commit.before_rename", False),
-        ("commit.after_rename", True),
-    ],
-)
-def test_kill_9_leaves_no_folder_that_looks_complete(
-    pair: tuple[Path, Path], tmp_path: Path, point: str, committed: bool
-) -> None:
-    inputs = [contents(folder) for folder in pair]
-    expected = contents(merge_checkpoints(*pair, 2, tmp_path / "expected", shard_size=10_000))
-    out = tmp_path / "out"
-    result = subprocess.run(
-        [sys.executable, "-c", MERGE, *map(str, (*pair, out))],
-        env={**os.environ, FAILPOINT_VARIABLE: point},
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert result.returncode == -signal.SIGKILL
-    assert out.exists() == committed
-    if not committed:
-        merge_checkpoints(*pair, 2, out, shard_size=10_000)
-    assert contents(out) == expected
-    assert [contents(folder) for folder in pair] == inputs

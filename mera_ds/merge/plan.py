@@ -1,0 +1,205 @@
+"""What a merge will write: every output tensor, and the files they go into."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+
+from mera_ds.files import sha256_json
+from mera_ds.merge.adapter import LowRank, compare_adapter, is_adapter, read_adapter
+from mera_ds.merge.compare import (
+    Findings,
+    check_order,
+    check_parents,
+    compare_checkpoints,
+)
+from mera_ds.merge.safetensors_io import (
+    FLOATS,
+    TensorPlace,
+    header_bytes,
+    item_size,
+    tensor_places,
+)
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One tensor of the output and what it is made of."""
+
+    name: str
+    old: TensorPlace
+    new: TensorPlace | LowRank | None
+    """The tuned tensor, its update, or None if the old one is taken over."""
+    dtype: str
+    """Of the output, as safetensors names it."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in the output."""
+        return self.old.elements * item_size(self.dtype)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output."""
+
+    file: str
+    tensors: tuple[MergedTensor, ...]
+    """In the order in which they stand in the file."""
+
+    @cached_property
+    def header(self) -> bytes:
+        """The file's first bytes."""
+        return header_bytes((t.name, t.dtype, t.old.shape) for t in self.tensors)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + sum(tensor.size for tensor in self.tensors)
+
+    def places(self, folder: Path) -> dict[str, TensorPlace]:
+        """Return where each tensor is in the file."""
+        found, offset = {}, len(self.header)
+        for tensor in self.tensors:
+            found[tensor.name] = TensorPlace(
+                folder / self.file, tensor.dtype, tensor.old.shape, offset
+            )
+            offset += tensor.size
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """A merge that may be carried out."""
+
+    previous: Path
+    tuned: Path
+    stage: int
+    dtype: str | None
+    """The output's, if one was asked for; else each tensor keeps its own."""
+    shards: tuple[Shard, ...]
+    old: Mapping[str, TensorPlace]
+    """All tensors of --previous."""
+    new: Mapping[str, TensorPlace]
+    """All tensors of --tuned."""
+    adapter: bool
+    """Whether --tuned is an adapter."""
+    notes: tuple[str, ...]
+
+    @property
+    def coefficient(self) -> Fraction:
+        """What the tuned model counts."""
+        return Fraction(1, self.stage)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of weights to write."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of weights to read."""
+        return sum(place.size for places in (self.old, self.new) for place in places.values())
+
+    @property
+    def tensors(self) -> list[MergedTensor]:
+        """All tensors of the output, in the order in which they are written."""
+        return [tensor for shard in self.shards for tensor in shard.tensors]
+
+    @cached_property
+    def key(self) -> str:
+        """Name of the inputs and settings; equal key, equal output.
+
+        The inputs count by their files' names, sizes and times of change.
+        """
+        files = [_stamps(places) for places in (self.old, self.new)]
+        layout = [[shard.file, shard.header.decode("latin1")] for shard in self.shards]
+        updates = [
+            [tensor.name, tensor.new.scale, tensor.new.transposed]
+            for tensor in self.tensors
+            if isinstance(tensor.new, LowRank)
+        ]
+        return sha256_json([self.stage, files, layout, updates])
+
+
+def _stamps(places: Mapping[str, TensorPlace]) -> list[list[str | int]]:
+    files = sorted({place.file for place in places.values()})
+    status = [(file.name, file.stat()) for file in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in status]
+
+
+def plan_merge(
+    previous: Path,
+    tuned: Path,
+    stage: int,
+    *,
+    shard_size: int,
+    dtype: str | None,
+    workers: int,
+) -> MergePlan:
+    """Compare two models and plan the files of their merge.
+
+    Raises:
+        InputError: if they can't be merged; the message lists everything.
+        DataError: if a file can't be read.
+    """
+    found = Findings()
+    sources: dict[str, TensorPlace | LowRank]
+    adapter = is_adapter(tuned)
+    if adapter:
+        old = all_old = tensor_places(previous)
+        parts = read_adapter(tuned, previous, found)
+        compare_adapter(parts, tuned, previous, old, found)
+        check_order(previous, stage, found)
+        sources, new = {**parts.full, **parts.low_rank}, dict(parts.places)
+    else:
+        pair = compare_checkpoints(previous, tuned, stage, dtype, found)
+        old, new, all_old = pair.old, pair.new, tensor_places(previous)
+        sources = dict(new)
+    found.require_none()
+    check_parents(previous, all_old, new, workers).require_none()
+    tensors = [
+        MergedTensor(
+            name,
+            place,
+            sources.get(name) if place.dtype in FLOATS else None,
+            dtype if dtype is not None and place.dtype in FLOATS else place.dtype,
+        )
+        for name, place in sorted(old.items())
+    ]
+    return MergePlan(
+        previous=previous,
+        tuned=tuned,
+        stage=stage,
+        dtype=dtype,
+        shards=_shards(tensors, shard_size),
+        old=all_old,
+        new=new,
+        adapter=adapter,
+        notes=tuple(found.notes),
+    )
+
+
+def _shards(tensors: Sequence[MergedTensor], shard_size: int) -> tuple[Shard, ...]:
+    groups: list[list[MergedTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if groups[-1] and filled + tensor.size > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.size
+    return tuple(
+        Shard(_file_name(number, len(groups)), _aligned(group))
+        for number, group in enumerate(groups, start=1)
+    )
+
+
+def _file_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _aligned(group: Sequence[MergedTensor]) -> tuple[MergedTensor, ...]:
+    """Order a file's tensors so that each begins at a multiple of its element size."""
+    return tuple(sorted(group, key=lambda tensor: (-item_size(tensor.dtype), tensor.name)))
