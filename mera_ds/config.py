@@ -16,7 +16,6 @@ import yaml
 
 from mera_ds.errors import InputError
 from mera_ds.files import write_bytes
-from mera_ds.hardware import fast_cpu_dtype
 from mera_ds.settings import apply_overrides, dump, parse, read_yaml, require_known
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -33,8 +32,7 @@ class BackboneConfig:
     path: str
     """Folder of an HF checkpoint (config, tokenizer, safetensors)."""
     dtype: Dtype = "fp32"
-    """Compute dtype of the frozen weights; trainable ones have fp32 masters. A profile may say
-    `auto`, which `mera-ds init` resolves to bf16 where the processor is made for it, else fp32."""
+    """Compute dtype of the frozen weights; trainable ones have fp32 masters."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """`auto`: flash-attn 2 where it is installed and the dtype allows it, SDPA otherwise."""
     gradient_checkpointing: bool = False
@@ -226,21 +224,14 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name: str, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """Load a shipped profile by name, or a profile file by path, with `key=value` overrides.
-
-    `backbone.dtype: auto` becomes what this machine computes fast in.
-    """
+    """Load a shipped profile by name, or a profile file by path, with `key=value` overrides."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         require_known(name, profile_names(), "profile")
         path = PROFILES / f"{name}.yaml"
     values = read_yaml(path)
     values.setdefault("profile", path.stem)
-    values = apply_overrides(values, overrides)
-    backbone = values.get("backbone")
-    if isinstance(backbone, dict) and backbone.get("dtype") == "auto":
-        backbone["dtype"] = fast_cpu_dtype()
-    return parse(RunConfig, values, path.name)
+    return parse(RunConfig, apply_overrides(values, overrides), path.name)
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -17,7 +17,6 @@ from mera_ds.config import (
     save_config,
 )
 from mera_ds.errors import InputError
-from mera_ds.hardware import fast_cpu_dtype
 from mera_ds.settings import dump
 
 
@@ -69,10 +68,6 @@ class TestProfiles:
         del values["profile"]
         path.write_text(yaml.safe_dump(values))
         assert load_profile(str(path)) == dataclasses.replace(load_profile("tiny"), profile="mine")
-
-    def test_auto_becomes_a_dtype_of_this_machine(self) -> None:
-        config = load_profile("tiny", ["backbone.dtype=auto"])
-        assert config.backbone.dtype == fast_cpu_dtype()
 
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"gone\.yaml does not exist"):

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mera_ds"
 LAYERS = (
-    {"errors", "files", "hardware", "settings", "config", "plan", "batch", "distributed", "log"},
+    {"errors", "files", "settings", "config", "plan", "batch", "distributed", "log"},
     {"media", "shards", "checkpoint", "identity", "registry", "doctor"},
     {"data", "model", "merge", "recipes", "pocket"},
     {"features", "plugin"},
