@@ -47,10 +47,12 @@ def init(arguments: argparse.Namespace) -> None:
 
 
 def _check_components(config: RunConfig) -> None:
-    """Refuse an unknown encoder, connector or option now, not when its stage comes."""
+    """Refuse an unknown encoder, connector, merge method or option now, not when it is needed."""
+    from mera_ds.merge.methods import open_method
     from mera_ds.model.connectors import CONNECTORS
     from mera_ds.model.encoders import ENCODERS
 
+    open_method(config.merge.method, config.merge.options)
     for name, modality in config.modalities.items():
         encoder, connector = modality.encoder, modality.connector
         where = f"modalities.{name}"
@@ -83,7 +85,8 @@ def plan(arguments: argparse.Namespace) -> None:
 def _describe(run: "Run", step: Step) -> str:
     start = "the bare backbone" if step.start is None else run.plan.producer(step.start).name
     if isinstance(step, MergeStep):
-        return f"weigh the newest delta by {step.coefficient}  from {start}"
+        what = f"weigh the newest delta by {step.coefficient}" if step.coefficient else step.method
+        return f"{what}  from {start}"
     if isinstance(step, EvaluateStep):
         return f"generate and score on {', '.join(step.modalities)}  with {start}"
     return f"{_describe_training(run, step)}  from {start}"
