@@ -1,4 +1,4 @@
-"""The commands `mera-ds lineage show | reweight | undo | export` and `mera-ds merge-sweep`."""
+"""The commands `mera-ds lineage show | reweight | undo | export`."""
 
 import argparse
 import re
@@ -42,7 +42,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     kinds = group.add_subparsers(required=True, metavar="COMMAND")
     shown = kinds.add_parser("show", help="base, deltas and coefficients of a model")
-    _add_model(shown, show)
+    add_model_arguments(shown, show)
 
     changed = kinds.add_parser(
         "reweight",
@@ -50,20 +50,20 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog="MODALITY=COEFFICIENT sets coefficients, e.g. image=1 video=1/3; with --method, "
         "OPTION=VALUE sets the method's options.",
     )
-    _add_model(changed, reweight)
+    add_model_arguments(changed, reweight)
     changed.add_argument("--method", help="merge all stages anew by this method instead")
     changed.add_argument("--as", dest="name", help="name of the new model; default: a hash")
     changed.set_defaults(overrides=())
 
     undone = kinds.add_parser("undo", help="the model before the newest stage")
-    _add_model(undone, undo)
+    add_model_arguments(undone, undo)
 
     exported = kinds.add_parser(
         "export",
         help="an HF folder, or one PEFT adapter",
         epilog="With --method, OPTION=VALUE sets the method's options.",
     )
-    _add_model(exported, export)
+    add_model_arguments(exported, export)
     exported.add_argument("--out", type=Path, required=True, help="folder to write")
     exported.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default: the base's")
     exported.add_argument("--method", help="merge all stages anew by this method before")
@@ -72,7 +72,8 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     exported.set_defaults(overrides=())
 
 
-def _add_model(parser: argparse.ArgumentParser, command: Any) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, command: Any) -> None:
+    """Let a command name the model that it is about."""
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--modality", help="stage of the model; default: the newest finished one")
     parser.add_argument("--stage", type=int, help="the same by number")
