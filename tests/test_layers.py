@@ -131,7 +131,12 @@ def _is_own_package(path: Path, name: str) -> bool:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "methods").glob("*.py")), ids=label)
 def test_methods_know_only_configuration_and_plans(path: Path) -> None:
-    assert {unit(name) for name in own_imports(path)} <= {"methods", "config", "mergeconfig", "plan"}
+    assert {unit(name) for name in own_imports(path)} <= {
+        "methods",
+        "config",
+        "mergeconfig",
+        "plan",
+    }
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
