@@ -13,7 +13,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mera_ds.merge.factors import LowRank, inner, norm, total
+import torch
+
+from mera_ds.merge.factors import LowRank, inner
 from mera_ds.merge.methods.base import require_share
 from mera_ds.merge.updates import LayerMerge, Update, present
 
@@ -41,20 +43,31 @@ def merge(
     share = 1 / len(updates) if options.t is None else options.t
     for layer in layers:
         older = [float(update.coefficient_of(layer)) for update in updates[:-1]]
-        *parts, newest = present(updates, layer)
-        before = total([part * factor for part, factor in zip(parts, older, strict=True)])
-        first, second = _factors(before, total([before, newest]), share)
+        first, second = interpolate(present(updates, layer), older, share)
         yield LayerMerge(layer, (*[factor * (first + second) for factor in older], second))
 
 
-def _factors(before: LowRank, after: LowRank, share: float) -> tuple[float, float]:
-    lengths = norm(before) * norm(after)
+def interpolate(
+    deltas: Sequence[LowRank], older: Sequence[float], share: float
+) -> tuple[float, float]:
+    """Return the factors of τ and τ'.
+
+    Args:
+        deltas: of all stages, the newest last.
+        older: coefficients of all but the newest.
+        share: t.
+    """
+    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    for row, one in enumerate(deltas):
+        for column, other in enumerate(deltas[: row + 1]):
+            gram[row, column] = gram[column, row] = inner(one, other)
+    before, after = (torch.tensor([*older, last]).double() for last in (0.0, 1.0))
+    lengths = float((before @ gram @ before) * (after @ gram @ after)) ** 0.5
     if lengths == 0:
         return 1 - share, share
-    angle = math.acos(max(-1.0, min(1.0, inner(before, after) / lengths)))
+    angle = math.acos(max(-1.0, min(1.0, float(before @ gram @ after) / lengths)))
     # Opposite updates have no shortest way between them.
     if angle < PARALLEL or math.pi - angle < PARALLEL:
         return 1 - share, share
-    return math.sin((1 - share) * angle) / math.sin(angle), math.sin(share * angle) / math.sin(
-        angle
-    )
+    first, second = math.sin((1 - share) * angle), math.sin(share * angle)
+    return first / math.sin(angle), second / math.sin(angle)
