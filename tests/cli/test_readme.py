@@ -32,6 +32,7 @@ STEPS = "mera-ds init --profile tiny"
 TWO_RUNS = "mera-ds init runs/tiny/expert"
 SHARDS = "mera-ds shards build tiny"
 MERGE = "python launch/merge.py --previous"
+LINEAGE = "mera-ds lineage show"
 ANOTHER_ORDER = "mera-ds init runs/r1"
 ZERO_3 = "torchrun --nproc-per-node 2 launch/stage.py"
 ONE_MODALITY = (
@@ -52,7 +53,7 @@ def inline(first: str) -> str:
 
 
 def test_no_block_is_untested() -> None:
-    first = (FIRST_SCREEN, LAUNCHERS, INSTALL, STEPS, TWO_RUNS, SHARDS, MERGE)
+    first = (FIRST_SCREEN, LAUNCHERS, INSTALL, STEPS, TWO_RUNS, SHARDS, MERGE, LINEAGE)
     assert [block[0] for block in readme_blocks() if not block[0].startswith(first)] == []
 
 
@@ -60,6 +61,7 @@ def test_no_command_in_the_text_is_untested() -> None:
     """What is not executed here needs the network, or is named without its arguments."""
     executed = (ANOTHER_ORDER, ZERO_3)
     named = ("make ", "mera-ds plan", "mera-ds run RUN…", "pip install -e '.[flash]'")
+    named += ("mera-ds lineage reweight RUN --method NAME",)
     fetching = ("mera-ds pocket fetch", "mera-ds shards build pocket --source")
     known = executed + named + fetching
     assert [command for command in readme_inline() if not command.startswith(known)] == []
@@ -148,6 +150,17 @@ class TestStepByStep:
     def test_everything_is_done(self, ended: Mapping[str, Ended]) -> None:
         states = [line.split()[1:] for line in ended["mera-ds status"].output.splitlines()[1:]]
         assert states == [["done"]] * 18
+
+    def test_changing_ones_mind_later(self, ended: Mapping[str, Ended], folder: Path) -> None:
+        said = [succeed(command, folder).output for command in readme_block(LINEAGE)]
+        assert "4  pointcloud" in said[0]
+        assert "apply it: mera-ds lineage reweight" in said[1] or "as it stands, the" in said[1]
+        mine = folder / "runs/default/stages/03-audio/reweighted-mine"
+        assert [entry.coefficient for entry in read_manifest(mine).lineage] == ["1", "1/2", "1/2"]
+        assert (mine.parent / "evaluation-reweighted-mine/scores.json").exists()
+        assert "image, video, backbone" in said[4]
+        assert (folder / "build/hf/model.safetensors").exists()
+        assert "PEFT adapter of rank 16" in said[6]
 
     def test_the_report_shows_every_stage(self, ended: Mapping[str, Ended], folder: Path) -> None:
         text = ended["mera-ds report"].output
