@@ -62,7 +62,7 @@ class MergeStep:
     modality: str
     start: str
     """Output of the tune step, whose newest delta is scaled."""
-    coefficient: str = ""
+    coefficient: str
     """Weight of the newest delta, as an exact fraction, e.g. `1/3`; empty: the method says it."""
     output: str
     method: str = CMA

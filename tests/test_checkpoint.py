@@ -210,7 +210,7 @@ class TestManifest:
             ({"schema": None}, DataError, "schema None, expected 2"),
             ({"lineages": []}, InputError, "key 'lineages'.*did you mean 'lineage'"),
             ({"base_sha256": 5}, InputError, "base_sha256 is 5; expected str"),
-            ({"lineage": [{}]}, InputError, r"lineage\[0\]: missing key 'stage'"),
+            ({"lineage": [{}]}, InputError, r"lineage\[0\]: missing key 'file'"),
         ],
     )
     def test_a_foreign_manifest_is_refused(

@@ -70,7 +70,7 @@ def candidates(chosen: Chosen, methods: Sequence[str]) -> "list[Candidate]":
 
     stages = len(chosen.manifest.lineage)
     values = {Fraction(0), Fraction(1, 2 * stages), Fraction(1, stages), Fraction(1, 2)}
-    values |= {Fraction(3, 4), Fraction(1), Fraction(round(100 * stages**-0.5), 100)}
+    values |= {Fraction(3, 4), Fraction(1)}
     found = [Candidate("as it stands", None, {})]
     for value in sorted(values):
         change = {chosen.modality: str(value)}
