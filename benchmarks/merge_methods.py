@@ -152,6 +152,7 @@ def main() -> None:
         assert isinstance(found, LowRank)
         assert isinstance(expected, Tensor)
         rows[name] = {
+            "shape": [arguments.outputs, arguments.inputs],
             "factors_seconds": fast,
             "dense_seconds": slow,
             "wall_ratio": slow / fast,

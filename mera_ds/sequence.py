@@ -12,12 +12,12 @@ from typing import Any
 
 import psutil
 
-from mera_ds.checkpoint import is_finished, read_manifest
+from mera_ds.checkpoint import check_lineage, is_finished, read_manifest
 from mera_ds.config import REPOSITORY, RunConfig, load_config
 from mera_ds.distributed import World, ensure_launcher_variables, process_group
 from mera_ds.errors import InputError, Interrupted, MeraError
 from mera_ds.files import TEMPORARY, committed_folder, folder_lock, link_or_copy, remove_temporaries
-from mera_ds.identity import product_key
+from mera_ds.identity import base_sha256, product_key
 from mera_ds.log import format_duration, logger
 from mera_ds.mergeconfig import CMA
 from mera_ds.plan import EvaluateStep, MergeStep, Plan, Step, TrainStep, load_plan
@@ -85,6 +85,7 @@ def execute_merge(run: Run, step: MergeStep) -> None:
         logger.info("%s is finished", step.name)
         return
     start, output = run.folder / step.start, run.folder / step.output
+    check_lineage(start, read_manifest(start), base_sha256(run.config, run.folder))
     facts: dict[str, Any] = {"key": key, "step": step.name, "stage": step.stage}
     if step.method == CMA:
         manifest = merge_product(start, output, coefficient=step.coefficient, **facts)
