@@ -9,6 +9,7 @@ VENV ?= .venv
 RUNS ?= runs/demo
 BIN = $(VENV)/bin
 MERA = $(BIN)/mera-ds
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check install clean
 
@@ -33,13 +34,13 @@ demo: $(VENV)/installed
 	$(MERA) report $(RUNS)/expert $(RUNS)/finetune $(RUNS)/mera --out $(RUNS)/report
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 clean:
 	rm -rf $(VENV)

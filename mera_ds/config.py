@@ -4,24 +4,21 @@ A run's settings are read from `<run>/config.yaml` alone. `ExecutionConfig` hold
 between two executions of a run (processes, ZeRO stage, …); all else is fixed when it is made.
 """
 
-import dataclasses
-import difflib
 import os
-import re
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
 from mera_ds.errors import InputError
 from mera_ds.files import write_bytes
+from mera_ds.hardware import fast_cpu_dtype
 from mera_ds.mergeconfig import MergeConfig
+from mera_ds.settings import apply_overrides, dump, parse, read_yaml, require_known
 
-T = TypeVar("T")
 Dtype = Literal["fp32", "fp16", "bf16"]
 Options = Mapping[str, Any]
 
@@ -36,7 +33,8 @@ class BackboneConfig:
     path: str
     """Folder of an HF checkpoint (config, tokenizer, safetensors)."""
     dtype: Dtype = "fp32"
-    """Compute dtype of the frozen weights; trainable ones have fp32 masters."""
+    """Compute dtype of the frozen weights; trainable ones have fp32 masters. A profile may say
+    `auto`, which `mera-ds init` resolves to bf16 where the processor is made for it, else fp32."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """`auto`: flash-attn 2 where it is installed and the dtype allows it, SDPA otherwise."""
     gradient_checkpointing: bool = False
@@ -47,7 +45,15 @@ class PromptConfig:
     """How a medium, a question and an answer become one token sequence."""
 
     style: Literal["plain", "chat"] = "chat"
-    """`chat`: the tokenizer's chat template; `plain`: media, question, newline, answer."""
+    """`chat`: the tokenizer's chat template; `plain`: medium, question, answer."""
+    system: str | None = None
+    """What the system says in style `chat`; None: what the template writes by itself."""
+    qa_suffix: str | None = None
+    """A line below every question, e.g. LLaVA's request for a single word or phrase."""
+    align_style: Literal["same", "bare"] = "same"
+    """Rows of align; `bare`: medium and caption alone, no instruction (LLaVA's stage 1)."""
+    align_end: Literal["end", "newline"] = "end"
+    """What a `bare` caption ends with: the end token, as everywhere, or LLaVA's newline."""
     max_length: int = 2048
     """Longest row in tokens, media included; a longer sample is an error."""
 
@@ -66,7 +72,7 @@ class ModalityConfig:
     """One modality: its shard sets, its frozen encoder and its connector."""
 
     data: tuple[str, ...]
-    """Shard folders; each holds `train/` and `test/`."""
+    """Shard folders or URLs of them; each holds `train/` and `test/`."""
     encoder: ComponentConfig
     connector: ComponentConfig
     caption_prompt: str
@@ -150,6 +156,12 @@ class ExecutionConfig:
     """Loader processes per rank; 0 decodes in the training process."""
     features: Literal["online", "cached"] = "cached"
     """`cached`: the encoders run once per medium and their features are kept on disk."""
+    verify_shards: bool = True
+    """Compare each tar's hash with its index when it is first opened."""
+    shard_cache_gb: int = 50
+    """Largest size of all tars that were fetched from URLs."""
+    media_cache_mb: int = 512
+    """Decoded media that a loader process keeps for their other texts."""
     save_every: int = 50
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = 2
@@ -175,6 +187,7 @@ class RunConfig:
     backbone: BackboneConfig
     prompt: PromptConfig
     modalities: Mapping[str, ModalityConfig]
+    plugins: tuple[str, ...] = ()  # files with kinds of one's own, see `mera_ds.registry`
     lora: LoraConfig
     align: PhaseConfig
     tune: PhaseConfig
@@ -208,154 +221,27 @@ def _require_counts(section: Any, where: str) -> None:
             raise InputError(f"{where}.{name} is {value}; it must be at least {least}")
 
 
-def require_known(name: str, known: typing.Iterable[str], what: str) -> None:
-    """Raise `InputError` with the nearest valid name unless `name` is one of `known`."""
-    names = list(known)
-    if name in names:
-        return
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(sorted(names))}"
-    raise InputError(f"{what} '{name}' is unknown; {hint}")
-
-
-def parse(cls: type[T], value: Mapping[str, Any], where: str) -> T:
-    """Build a frozen dataclass from a mapping, strictly.
-
-    Args:
-        cls: the dataclass.
-        value: names and values, as YAML gives them.
-        where: what to call the mapping in messages, e.g. the file or the dotted key.
-
-    Raises:
-        InputError: on an unknown name (with the nearest valid one), a missing one, or a value of
-            the wrong type.
-    """
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where}: expected a mapping, got {value!r}")
-    fields = {entry.name: entry for entry in dataclasses.fields(typing.cast(Any, cls))}
-    for name in value:
-        require_known(str(name), fields, f"{where}: key")
-    types_of = typing.get_type_hints(cls)
-    missing = [
-        name
-        for name, entry in fields.items()
-        if name not in value and entry.default is entry.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise InputError(f"{where}: missing key '{missing[0]}'; add it")
-    arguments = {
-        name: _convert(item, types_of[name], f"{where}.{name}") for name, item in value.items()
-    }
-    try:
-        return cls(**arguments)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        (kind,) = (entry for entry in typing.get_args(kind) if entry is not type(None))
-        return None if value is None else _convert(value, kind, where)
-    if origin is Literal:
-        choices = typing.get_args(kind)
-        if value in choices and type(value) in {type(choice) for choice in choices}:
-            return value
-        raise InputError(f"{where} is {value!r}; valid: {', '.join(map(str, choices))}")
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise InputError(f"{where} is {value!r}; expected a list")
-        item = typing.get_args(kind)[0]
-        return tuple(_convert(entry, item, f"{where}[{i}]") for i, entry in enumerate(value))
-    if dataclasses.is_dataclass(kind):
-        return parse(typing.cast(type, kind), value, where)
-    if origin is not None and issubclass(origin, Mapping):
-        return _convert_mapping(value, typing.get_args(kind)[1], where)
-    return _convert_scalar(value, kind, where)
-
-
-def _convert_mapping(value: Any, item: Any, where: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where} is {value!r}; expected a mapping")
-    return {str(key): _convert(entry, item, f"{where}.{key}") for key, entry in value.items()}
-
-
-def _convert_scalar(value: Any, kind: Any, where: str) -> Any:
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind is Any or type(value) is kind:
-        return value
-    raise InputError(f"{where} is {value!r}; expected {kind.__name__}")
-
-
-def dump(config: Any) -> dict[str, Any]:
-    """Return a dataclass as plain data: the inverse of `parse`."""
-    return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader; a broken file is an `InputError`."""
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a mapping of settings")
-    return value
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, reading `2e-5` as a number as every YAML 1.2 reader does."""
-
-
-_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
 def profile_names() -> list[str]:
     """Return the names of the profiles that come with the package."""
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
 def load_profile(name: str, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """Load a shipped profile by name, or a profile file by path, with `key=value` overrides."""
+    """Load a shipped profile by name, or a profile file by path, with `key=value` overrides.
+
+    `backbone.dtype: auto` becomes what this machine computes fast in.
+    """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         require_known(name, profile_names(), "profile")
         path = PROFILES / f"{name}.yaml"
     values = read_yaml(path)
     values.setdefault("profile", path.stem)
-    return parse(RunConfig, apply_overrides(values, overrides), path.name)
-
-
-def apply_overrides(values: Mapping[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
-    """Return `values` with dotted `section.key=value` overrides; values are read as YAML."""
-    result: dict[str, Any] = _plain(values)
-    for text in overrides:
-        key, equals, raw = text.partition("=")
-        if not equals:
-            raise InputError(f"override '{text}' must look like section.key=value")
-        *sections, last = key.split(".")
-        target = result
-        for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                raise InputError(f"override '{text}': {section} is not a section")
-        try:
-            target[last] = yaml.load(raw, Loader=_Loader)
-        except yaml.YAMLError:  # a text, such as `{run}/weights`; its type is checked later
-            target[last] = raw
-    return result
+    values = apply_overrides(values, overrides)
+    backbone = values.get("backbone")
+    if isinstance(backbone, dict) and backbone.get("dtype") == "auto":
+        backbone["dtype"] = fast_cpu_dtype()
+    return parse(RunConfig, values, path.name)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -389,12 +275,32 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MERA_CACHE") or Path.home() / ".cache" / "mera-ds")
 
 
+def weights_folder() -> Path:
+    """Return where official weights are looked for: $MERA_WEIGHTS or ~/mera/weights."""
+    return Path(os.environ.get("MERA_WEIGHTS") or Path.home() / "mera" / "weights")
+
+
+def shards_folder() -> Path:
+    """Return where the datasets' shard sets are looked for: $MERA_SHARDS or ~/mera/shards."""
+    return Path(os.environ.get("MERA_SHARDS") or Path.home() / "mera" / "shards")
+
+
 def resolve_path(text: str, run: Path) -> Path:
-    """Return a configured path with `{run}`, `{cache}` and `{repository}` filled in."""
-    places = {"run": run, "cache": cache_folder(), "repository": REPOSITORY}
+    """Return a configured path with its places filled in.
+
+    They are `{run}`, `{cache}`, `{repository}`, `{weights}` and `{shards}`.
+    """
+    places = {
+        "run": run,
+        "cache": cache_folder(),
+        "repository": REPOSITORY,
+        "weights": weights_folder(),
+        "shards": shards_folder(),
+    }
     try:
         return Path(text.format(**places)).expanduser()
     except (KeyError, IndexError, ValueError, AttributeError):
         raise InputError(
-            f"path '{text}' holds an unknown place; valid: {{run}}, {{cache}}, {{repository}}"
+            f"path '{text}' holds an unknown place; valid: "
+            f"{', '.join(f'{{{name}}}' for name in places)}"
         ) from None

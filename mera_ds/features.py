@@ -15,7 +15,7 @@ from torch import Tensor
 from mera_ds.batch import pad_features
 from mera_ds.checkpoint import save_tensors
 from mera_ds.config import RunConfig, cache_folder
-from mera_ds.data.dataset import ModalityData, UnitReader, UnitRef
+from mera_ds.data.dataset import MediaCache, ModalityData, UnitReader, UnitRef
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World, gather
 from mera_ds.errors import DataError
@@ -23,6 +23,7 @@ from mera_ds.files import committed_folder
 from mera_ds.identity import data_folders
 from mera_ds.log import logger
 from mera_ds.model.encoders import Encoder
+from mera_ds.shards.reader import Reading
 
 ENCODE_BATCH = 16
 FILE = "features.safetensors"
@@ -45,14 +46,17 @@ def open_data(
         InputError: if the shards are missing or hold another modality.
         DataError: if a medium can't be decoded, naming it.
     """
-    data = ModalityData(modality, data_folders(config, run, modality), split)
+    execution = config.execution
+    reading = Reading(execution.verify_shards, execution.shard_cache_gb * 10**9)
+    data = ModalityData(modality, data_folders(config, run, modality), split, reading)
     settings = config.modalities[modality]
-    if config.execution.features == "online":
+    if execution.features == "online":
 
         def load(unit: UnitRef) -> Tensor:
             return encoder.transform(data.medium(unit, encoder.media))
 
-        return data, UnitReader(data, settings, prompts, load, encoded=False)
+        media = MediaCache(load, execution.media_cache_mb * 1_000_000)
+        return data, UnitReader(data, settings, prompts, media, encoded=False)
     store = FeatureStore(data, encoder)
     store.compute_missing(world)
     return data, UnitReader(data, settings, prompts, store.load, encoded=True)
@@ -65,14 +69,6 @@ class FeatureStore:
         self._data = data
         self._encoder = encoder
         self._files: dict[Path, tuple[Tensor, Tensor]] = {}
-        self._places = [
-            [
-                (number, row)
-                for number, shard in enumerate(reader.index.shards)
-                for row in range(len(shard.samples))
-            ]
-            for reader in data.readers
-        ]
 
     def compute_missing(self, world: World) -> None:
         """Encode every medium that has no features yet; the ranks share the tars."""
@@ -80,10 +76,10 @@ class FeatureStore:
             (number, shard)
             for number, reader in enumerate(self._data.readers)
             for shard in range(len(reader.index.shards))
-            if not self._folder(number, shard).exists()
+            if len(reader.usable(shard)) and not self._folder(number, shard).exists()
         ]
         if todo:
-            media = sum(len(self._data.readers[n].index.shards[s].samples) for n, s in todo)
+            media = sum(len(self._data.readers[n].usable(s)) for n, s in todo)
             logger.info("%s: encoding %d media once", self._data.modality, media)
         for number, shard in todo[world.rank :: world.size]:
             self._encode(number, shard, world.device)
@@ -91,7 +87,7 @@ class FeatureStore:
 
     def load(self, unit: UnitRef) -> Tensor:
         """Return the features (N, D) of a unit's medium."""
-        shard, row = self._places[unit.reader][unit.medium]
+        shard, row = self._data.readers[unit.reader].place(unit.medium)
         values, lengths = self._open(self._folder(unit.reader, shard) / FILE)
         return values[row, : int(lengths[row])]
 
@@ -115,8 +111,7 @@ class FeatureStore:
     @torch.no_grad()
     def _encode(self, reader: int, shard: int, device: str) -> None:
         self._encoder.to(device)
-        places = self._places[reader]
-        media = [medium for medium, (number, _) in enumerate(places) if number == shard]
+        media = self._data.readers[reader].usable(shard).tolist()
         rows: list[Tensor] = []
         for start in range(0, len(media), ENCODE_BATCH):
             units = [UnitRef(reader, medium, 0) for medium in media[start : start + ENCODE_BATCH]]

@@ -186,7 +186,9 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        temporary = target.with_name(f"{target.name}{TEMPORARY}-{os.getpid()}")
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
 
 
 @contextmanager
@@ -199,8 +201,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         LockedError: at once, if another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    path = folder / ".lock"
+    with full_disk_is_an_error(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -5,18 +5,21 @@ skipped, a product made from other data or settings is refused, and runs can sha
 expert of the first modality is the first stage of every method).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mera_ds.checkpoint import hash_backbone, read_manifest, remembered_sha256
-from mera_ds.config import ComponentConfig, RunConfig, cache_folder, dump, resolve_path
+from mera_ds.config import ComponentConfig, RunConfig, cache_folder, resolve_path
 from mera_ds.errors import InputError
 from mera_ds.files import sha256_json
 from mera_ds.mergeconfig import CMA
 from mera_ds.plan import LORA, MergeStep, Plan, Step, TrainStep
+from mera_ds.registry import CONNECTOR, ENCODER, defining_plugins
+from mera_ds.settings import dump
 from mera_ds.shards.format import read_index
+from mera_ds.shards.remote import is_url, mirror
 
 _TOKENIZER_FILES = ("*token*.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 
@@ -32,8 +35,14 @@ def base_sha256(config: RunConfig, run: Path) -> str:
 
 
 def data_folders(config: RunConfig, run: Path, modality: str) -> list[Path]:
-    """Return the shard folders of a modality; each holds `train` and `test`."""
-    return [resolve_path(text, run) for text in config.modalities[modality].data]
+    """Return the shard folders of a modality; each holds `train` and `test`.
+
+    For a URL it is the local folder that stands for it.
+    """
+    return [
+        mirror(text) if is_url(text) else resolve_path(text, run)
+        for text in config.modalities[modality].data
+    ]
 
 
 def product_key(config: RunConfig, run: Path, plan: Plan, step: Step) -> str:
@@ -57,8 +66,31 @@ def product_key(config: RunConfig, run: Path, plan: Plan, step: Step) -> str:
         if step.method != CMA:
             facts |= {"method": step.method, "options": dict(step.options)}
     elif isinstance(step, TrainStep):
+        _refuse_changed_plugins(config, run / step.output, [part.modality for part in step.data])
         facts |= _training_facts(config, run, step)
+    else:
+        _refuse_changed_plugins(config, run / step.start, step.modalities)
     return sha256_json(facts)
+
+
+def used_plugins(config: RunConfig, modalities: Iterable[str]) -> dict[str, str]:
+    """Return the plugins that some modalities' kinds come from: file name -> SHA-256."""
+    entries = [config.modalities[name] for name in modalities]
+    kinds = [(ENCODER, entry.encoder.kind) for entry in entries]
+    return defining_plugins([*kinds, *((CONNECTOR, entry.connector.kind) for entry in entries)])
+
+
+def _refuse_changed_plugins(config: RunConfig, product: Path, modalities: Iterable[str]) -> None:
+    """Say which file it is that a product's key differs by."""
+    if not (product / "manifest.json").exists():
+        return
+    used = set(used_plugins(config, modalities).values())
+    for name, sha256 in read_manifest(product).provenance.get("plugins", {}).items():
+        if sha256 not in used:
+            raise InputError(
+                f"the run's plugin plugins/{name} was changed after {product} was made with it; "
+                "restore it, or delete the folders of the stages that it made and learn them again"
+            )
 
 
 def _training_facts(config: RunConfig, run: Path, step: TrainStep) -> dict[str, Any]:
@@ -89,7 +121,9 @@ def _tokenizer_sha256(backbone: Path) -> str:
 
 def _component_facts(config: RunConfig, run: Path, modality: str) -> dict[str, Any]:
     entry = config.modalities[modality]
+    plugins = used_plugins(config, [modality])
     return {
+        **({"plugins": sorted(plugins.values())} if plugins else {}),
         "encoder": _component(entry.encoder, run),
         "connector": _component(entry.connector, run),
         "caption_prompt": entry.caption_prompt,

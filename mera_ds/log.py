@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,14 +43,13 @@ class Metrics:
         self._enabled = enabled
         self._path = run / "metrics.jsonl"
         self._folder = run / "tensorboard"
-        self._writer: Any = None
+        self._events: _EventFile | None = None
         self._failed = False
 
     def __enter__(self) -> "Metrics":
         if self._enabled:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder))
+            with self._tolerant(self._folder):
+                self._events = _EventFile(self._folder)
         return self
 
     def __exit__(
@@ -55,20 +58,61 @@ class Metrics:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            with self._tolerant(self._folder):
+                self._events.close()
 
     def write(self, name: str, step: int, values: dict[str, float]) -> None:
         """Append the figures of one step of the phase `name`."""
         if not self._enabled:
             return
+        with self._tolerant(self._path), self._path.open("a", encoding="utf-8") as file:
+            row = {"name": name, "step": step, "time": round(time.time(), 3), **values}
+            file.write(json.dumps(row) + "\n")
+        if self._events is not None:
+            with self._tolerant(self._folder):
+                self._events.add(name, step, values)
+
+    @contextmanager
+    def _tolerant(self, target: Path) -> Iterator[None]:
+        """Report the first failure to write, and go on."""
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                row = {"name": name, "step": step, "time": round(time.time(), 3), **values}
-                file.write(json.dumps(row) + "\n")
-            for key, value in values.items():
-                self._writer.add_scalar(f"{name}/{key}", value, step)
+            yield
         except OSError as error:
             if not self._failed:
-                logger.warning("%s can't be written (%s); training goes on", self._path, error)
+                logger.warning("%s can't be written (%s); the work goes on", target, error)
             self._failed = True
+
+
+class _EventFile:
+    """A TensorBoard event file, written at once.
+
+    TensorBoard's own writer hands the work to a thread, which prints a traceback when the disk is
+    full and can't be asked to go on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._event = Event
+        self._file = (folder / f"{name}.{time.monotonic_ns()}").open("wb")
+        self._records = RecordWriter(self._file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def add(self, name: str, step: int, values: dict[str, float]) -> None:
+        """Append one scalar per value, tagged `<name>/<value's name>`."""
+        event = self._event(wall_time=time.time(), step=step)
+        for key, value in values.items():
+            event.summary.value.add(tag=f"{name}/{key}", simple_value=value)
+        self._write(event)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        self._file.flush()

@@ -10,9 +10,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from mera_ds.config import parse
 from mera_ds.errors import DataError, InputError
 from mera_ds.files import read_json, sha256_json
+from mera_ds.settings import parse
 
 MANIFEST = "manifest.json"
 SCHEMA = 2

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mera_ds.config import parse
 from mera_ds.errors import InputError
 from mera_ds.files import read_json, write_json
 from mera_ds.mergeconfig import CMA
+from mera_ds.settings import parse
 
 LORA = "lora"
 """Trainable set: the LoRA factors on the backbone."""

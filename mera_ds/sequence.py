@@ -21,6 +21,7 @@ from mera_ds.identity import base_sha256, product_key
 from mera_ds.log import format_duration, logger
 from mera_ds.mergeconfig import CMA
 from mera_ds.plan import EvaluateStep, MergeStep, Plan, Step, TrainStep, load_plan
+from mera_ds.registry import load_plugins
 
 EXIT_INTERRUPTED = Interrupted.exit_code
 
@@ -37,9 +38,17 @@ class Run:
 
 
 def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
-    """Read a run's configuration and plan."""
+    """Read a run's configuration and plan, and load its plugins."""
     config = load_config(folder, overrides)
-    return Run(folder, config, load_plan(folder / "plan.json"), tuple(overrides))
+    load_plugins(config, folder)
+    plan = load_plan(folder / "plan.json")
+    unknown = [step.modality for step in plan.steps if step.modality not in config.order]
+    if unknown:
+        raise InputError(
+            f"{folder}: the plan learns {unknown[0]}, the configuration does not: 'mera-ds add' "
+            "was stopped while it wrote them; run it again"
+        )
+    return Run(folder, config, plan, tuple(overrides))
 
 
 def step_is_finished(run: Run, step: Step) -> bool:
@@ -106,10 +115,15 @@ def execute_merge(run: Run, step: MergeStep) -> None:
 def share_product(run: Run, step: Step, others: Sequence[Path]) -> bool:
     """Take over a product with the same key from another run, by hard links.
 
+    Of an evaluation the predictions are taken; they are scored again.
+
     Returns:
-        Whether one was found.
+        Whether the step is finished by it.
     """
-    if isinstance(step, EvaluateStep) or (run.folder / step.output).exists():
+    if isinstance(step, EvaluateStep):
+        _share_predictions(run, step, others)
+        return False
+    if (run.folder / step.output).exists():
         return False
     key = product_key(run.config, run.folder, run.plan, step)
     products = (entry for other in others if other != run.folder for entry in _products(other))
@@ -121,6 +135,18 @@ def share_product(run: Run, step: Step, others: Sequence[Path]) -> bool:
             link_or_copy(path, folder / path.relative_to(source))
     logger.info("%s: the same as %s, taken from there", step.name, source)
     return True
+
+
+def _share_predictions(run: Run, step: EvaluateStep, others: Sequence[Path]) -> None:
+    """Take over what an equal model said about equal test items in another run."""
+    from mera_ds.evaluate.run import predictions_folder
+
+    own = predictions_folder(run.folder, run.config, step)
+    for other in others:
+        for source in sorted(other.glob(f"stages/*/evaluation/predictions/{own.name}/*.jsonl")):
+            if other != run.folder and not (own / source.name).exists():
+                link_or_copy(source, own / source.name)
+                logger.info("%s: predictions taken from %s", step.name, source)
 
 
 def _products(run: Path) -> list[Path]:
@@ -248,7 +274,7 @@ def cost(run: Run, step: Step) -> float:
     if isinstance(step, MergeStep):
         return 0.0
     if isinstance(step, EvaluateStep):
-        return 150.0 * len(step.modalities)
+        return 300.0 * len(step.modalities)
     settings = run.config.phase(step.phase)
     steps = settings.max_steps or 1000
     passes = 3.0 if step.phase == "tune" else 2.0

@@ -5,7 +5,6 @@ The runs, and the report that compares them, are made with the commands that the
 
 import json
 import random
-import resource
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.commands import Ended, finish, readme_block, start, succeed, wait_for, workplace
+from cli.commands import Ended, finish, readme_block, start, succeed, wait_for
 
 from mera_ds.checkpoint import Manifest, read_manifest
 from mera_ds.files import sha256_file
@@ -28,19 +27,8 @@ KILLS = 6
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a finished run of every method, made by one `mera-ds run`."""
-    folder = workplace(tmp_path_factory.mktemp("whole"))
-    expert, mera, *_ = readme_block("mera-ds init runs/tiny/expert")
-    for command in (expert, mera, expert.replace("expert", "finetune")):
-        succeed(command, folder)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    succeed(f"mera-ds run {RUNS}", folder)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    # One method is promised in two minutes on two cores; three took 95 s of one core.
-    assert seconds < 240
-    return folder
+def place(finished_runs: Path) -> Path:
+    return finished_runs
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +135,11 @@ class TestSharing:
         delta = "deltas/02-video.safetensors"
         tuned = product(runs["finetune"], 2) / delta
         assert tuned.samefile(product(runs["mera"], 2, "tuned") / delta)
+
+    def test_an_equal_model_is_asked_once(self, runs: Mapping[str, Path]) -> None:
+        files = [path for run in runs.values() for path in run.glob("stages/01-*/**/*-qa.jsonl")]
+        assert len(files) == len(METHODS)
+        assert len({path.stat().st_ino for path in files}) == 1
 
     def test_experts_share_nothing_later(self, runs: Mapping[str, Path]) -> None:
         expert, mera = (product(runs[method], 2, "aligned") for method in ("expert", "mera"))

@@ -56,6 +56,8 @@ def run(make_tiny_run: MakeRun) -> Path:
         "align.max_steps=21",
         "align.tasks=[caption, qa]",
         "prompt.style=plain",
+        "prompt.qa_suffix=Be short.",
+        "prompt.align_style=bare",
         "prompt.max_length=128",
         "backbone.dtype=bf16",
         "modalities.image.encoder.options={seed: 1}",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mera_ds.cli import lineage, runs, shards, sweep
+from mera_ds.cli.doctor import doctor
 from mera_ds.cli.launch import DEFAULT_RUN, guarded, parse_with_overrides
 from mera_ds.config import profile_names
 
@@ -54,6 +55,11 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     init.add_argument("--method", help="shorthand for the override method=…")
     init.set_defaults(command=runs.init, overrides=())
 
+    add = commands.add_parser("add", help="add a modality to a run, finished or not")
+    add.add_argument("run", type=Path, help="the run's folder")
+    add.add_argument("file", type=Path, help="YAML of the modality, e.g. examples/imu/imu.yaml")
+    add.set_defaults(command=runs.add)
+
     plan = commands.add_parser("plan", help="print every step of runs before anything is done")
     plan.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
     plan.set_defaults(command=runs.plan)
@@ -71,6 +77,11 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     status.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
     status.set_defaults(command=runs.status)
 
+    check = commands.add_parser("doctor", help="is everything there that a run needs?")
+    check.add_argument("run", type=Path, nargs="?")
+    check.add_argument("--profile", help="look before there is a run")
+    check.set_defaults(command=doctor, overrides=())
+
     report = commands.add_parser("report", help="tables and figures of some runs")
     report.add_argument("runs", type=Path, nargs="*", default=[Path(DEFAULT_RUN)])
     report.add_argument("--out", type=Path, help="folder for the files; default <run>/report")
@@ -80,14 +91,39 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     group = commands.add_parser("shards", help="build, check and look at shard sets")
     kinds = group.add_subparsers(required=True, metavar="COMMAND")
-    build = kinds.add_parser("build", help="build shard sets from a dataset's own files")
+    build = kinds.add_parser(
+        "build",
+        help="build shard sets from a dataset's own files",
+        epilog="KEY=VALUE anywhere sets an option of the recipe; shards/README.md lists them.",
+    )
     build.add_argument("name", help="the recipe")
     build.add_argument("--source", type=Path, help="folder of the dataset's files")
     build.add_argument("--out", type=Path, required=True)
-    build.set_defaults(command=shards.build)
+    build.add_argument(
+        "--workers",
+        type=int,
+        default=shards.usable_cores(),
+        help="processes that check and convert media (default: %(default)s); 0: this one",
+    )
+    build.set_defaults(command=shards.build, overrides=())
 
     lint = kinds.add_parser("lint", help="prove shard sets sound")
-    lint.add_argument("folders", type=Path, nargs="+", help="shard folders, at any depth")
+    lint.add_argument(
+        "folders",
+        type=Path,
+        nargs="*",
+        help="shard folders, at any depth; with --run or --profile the default is all of theirs",
+    )
+    lint.add_argument("--plugin", type=Path, action="append", default=[], help="file that decodes")
+    lint.add_argument(
+        "--run",
+        type=Path,
+        help="decode as this run does, and check every text with its tokenizer",
+    )
+    lint.add_argument("--profile", help="the same for a profile that is no run yet")
+    lint.add_argument(
+        "--quarantine", action="store_true", help="list damaged samples in quarantine.json"
+    )
     lint.set_defaults(command=shards.lint)
 
     preview = kinds.add_parser("preview", help="show samples")

@@ -8,13 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mera_ds.config import (
-    RunConfig,
-    apply_overrides,
-    load_config,
-    require_known,
-    resolve_path,
-)
+from mera_ds.config import RunConfig, load_config, resolve_path
 from mera_ds.errors import InputError
 from mera_ds.files import folder_lock, sha256_json
 from mera_ds.manifest import (
@@ -27,6 +21,7 @@ from mera_ds.manifest import (
     read_manifest,
 )
 from mera_ds.plan import load_plan, stage_folder
+from mera_ds.settings import apply_overrides, require_known
 
 if TYPE_CHECKING:  # they need torch
     from mera_ds.merge.methods import Method

@@ -1,23 +1,19 @@
-"""The commands `mera-ds init | plan | run | status | report`."""
+"""The commands `mera-ds init | add | plan | run | status | report`."""
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mera_ds.config import (
-    RunConfig,
-    load_profile,
-    parse,
-    require_known,
-    resolve_path,
-    save_config,
-)
+from mera_ds.config import RunConfig, load_profile, resolve_path, save_config
+from mera_ds.doctor import missing_paths
 from mera_ds.errors import InputError, MeraError
 from mera_ds.log import set_up_console
 from mera_ds.methods import make_plan
 from mera_ds.plan import DataPart, EvaluateStep, MergeStep, Step, TrainStep, save_plan
+from mera_ds.registry import copy_plugins, find_plugins, keep_plugins
 
 if TYPE_CHECKING:  # it needs torch
     from mera_ds.sequence import Run
@@ -29,6 +25,9 @@ def init(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: if the folder is a run already, or a setting is wrong.
     """
+    from mera_ds.merge.methods import open_method
+    from mera_ds.modality import check_kinds
+
     folder: Path = arguments.run
     if (folder / "config.yaml").exists():
         raise InputError(f"{folder} is a run already; choose another name or delete it")
@@ -36,30 +35,31 @@ def init(arguments: argparse.Namespace) -> None:
     if arguments.method is not None:
         overrides.append(f"method={arguments.method}")
     config = load_profile(arguments.profile, overrides)
+    profile = Path(arguments.profile)
+    base = profile.parent if profile.suffix in (".yaml", ".yml") else Path()
+    plugins = find_plugins(config.plugins, base, folder)
+    config = dataclasses.replace(config, plugins=keep_plugins(plugins, folder))
     plan = make_plan(config)
-    _check_components(config)
+    check_kinds(config, config.modalities)
+    open_method(config.merge.method, config.merge.options)
     if config.build is not None:
         _build_inside(config, folder)
+    copy_plugins(plugins, folder)
     save_plan(plan, folder / "plan.json")
     save_config(config, folder / "config.yaml")
     print(f"{folder}: {config.profile}, {plan.method}, {' → '.join(config.order)}")
     print(f"next: mera-ds plan {folder}; mera-ds run {folder}")
 
 
-def _check_components(config: RunConfig) -> None:
-    """Refuse an unknown encoder, connector, merge method or option now, not when it is needed."""
-    from mera_ds.merge.methods import open_method
-    from mera_ds.model.connectors import CONNECTORS
-    from mera_ds.model.encoders import ENCODERS
+def add(arguments: argparse.Namespace) -> None:
+    """Add a modality to a run, as the last of its order."""
+    from mera_ds.modality import add_modality
 
-    open_method(config.merge.method, config.merge.options)
-    for name, modality in config.modalities.items():
-        encoder, connector = modality.encoder, modality.connector
-        where = f"modalities.{name}"
-        require_known(encoder.kind, ENCODERS, f"{where}.encoder: kind")
-        parse(ENCODERS[encoder.kind].Options, encoder.options, f"{where}.encoder.options")
-        require_known(connector.kind, CONNECTORS, f"{where}.connector: kind")
-        parse(CONNECTORS[connector.kind].Options, connector.options, f"{where}.connector.options")
+    set_up_console()
+    folder: Path = arguments.run
+    config = add_modality(folder, arguments.file)
+    print(f"{folder}: {config.method} on {' → '.join(config.order)}")
+    print(f"next: mera-ds plan {folder}; mera-ds run {folder}")
 
 
 def _build_inside(config: RunConfig, folder: Path) -> None:
@@ -80,6 +80,8 @@ def plan(arguments: argparse.Namespace) -> None:
         print(f"{folder}: {run.plan.method} on {' → '.join(run.config.order)}")
         for number, step in enumerate(run.plan.steps, start=1):
             print(f"  {number:2d}  {step.name:24s} {_describe(run, step)}")
+        if missing_paths(run.config, folder):
+            print(f"  files are missing: run 'mera-ds doctor {folder}'")
 
 
 def _describe(run: "Run", step: Step) -> str:
@@ -98,11 +100,15 @@ def _describe_training(run: "Run", step: TrainStep) -> str:
         part.modality if part.percent == 100 else f"{part.percent:g} % of {part.modality}"
         for part in step.data
     )
-    texts = sum(_texts(run, part, settings.tasks) for part in step.data)
+    what = f"train {', '.join(step.trainable)} on {'+'.join(settings.tasks)} of {shares}"
+    try:
+        texts = sum(_texts(run, part, settings.tasks) for part in step.data)
+    except InputError:  # the shards aren't there yet
+        times = "once" if settings.epochs == 1 else f"{settings.epochs} times"
+        return f"{what}: steps of {settings.batch_size}, through all {times}"
     steps = math.ceil(texts / settings.batch_size) * settings.epochs
     return (
-        f"train {', '.join(step.trainable)} on {'+'.join(settings.tasks)} of {shares}: "
-        f"{min(steps, settings.max_steps or steps)} steps of {settings.batch_size} "
+        f"{what}: {min(steps, settings.max_steps or steps)} steps of {settings.batch_size} "
         f"({texts} texts)"
     )
 
@@ -113,7 +119,7 @@ def _texts(run: "Run", part: DataPart, tasks: Sequence[str]) -> int:
     from mera_ds.shards.format import read_index
 
     counts = [
-        read_index(folder / "train").counts
+        read_index(folder / "train").usable_counts
         for folder in data_folders(run.config, run.folder, part.modality)
     ]
     found = [sum(count[task] for count in counts) for task in tasks]

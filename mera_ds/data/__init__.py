@@ -1,1 +1,1 @@
-"""From shards to batches: decoding, prompts, mixtures and the loader."""
+"""From shards to batches: units, prompts, mixtures and the loader."""

@@ -4,39 +4,41 @@ A unit is a (medium, text) pair. The list of units, their ids and lengths come f
 indexes alone; media and texts are read when a unit is asked for.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mera_ds.batch import Sample
 from mera_ds.config import ModalityConfig
-from mera_ds.data.decode import decode
-from mera_ds.data.prompts import PromptBuilder
+from mera_ds.data.prompts import PromptBuilder, TokenPieces
+from mera_ds.data.units import LazySequence, UnitList
+from mera_ds.data.units import UnitRef as UnitRef
 from mera_ds.errors import DataError, InputError
-from mera_ds.shards.format import Text
-from mera_ds.shards.reader import ShardReader
+from mera_ds.media import decode
+from mera_ds.shards.format import TASKS, Text, TextInfo
+from mera_ds.shards.reader import Reading, ShardReader
 
 TRAIN, TEST = "train", "test"
-
-
-@dataclass(frozen=True)
-class UnitRef:
-    """Where a unit is: shard set, medium in it, text of the medium."""
-
-    reader: int
-    medium: int
-    text: int
 
 
 class ModalityData:
     """The shard sets of one modality and split."""
 
-    def __init__(self, modality: str, folders: Sequence[Path], split: str) -> None:
+    def __init__(
+        self,
+        modality: str,
+        folders: Sequence[Path],
+        split: str,
+        reading: Reading | None = None,
+    ) -> None:
         self.modality = modality
-        self.readers = [ShardReader(folder / split) for folder in folders]
+        how = reading or Reading(verify=True)
+        self.readers = [ShardReader(folder / split, how) for folder in folders]
         for reader in self.readers:
             found = reader.index.modality
             if found != modality:
@@ -44,7 +46,12 @@ class ModalityData:
                     f"{reader.folder} holds shards of modality '{found}', not '{modality}'; "
                     f"correct modalities.{modality}.data"
                 )
-            _require_whole_tars(reader)
+            if reader.index.split != split:
+                raise InputError(
+                    f"{reader.folder} holds the split '{reader.index.split}', not '{split}'; "
+                    f"correct modalities.{modality}.data"
+                )
+            reader.require_whole()
         names = [reader.index.dataset for reader in self.readers]
         if len(set(names)) < len(names):
             raise InputError(
@@ -57,20 +64,36 @@ class ModalityData:
         """Hashes of the shard sets' contents."""
         return [reader.index.fingerprint for reader in self.readers]
 
-    def units(self, tasks: Collection[str]) -> list[UnitRef]:
-        """Return all units of some tasks, in the order of the shards."""
-        return [
-            UnitRef(number, position, text)
-            for number, reader in enumerate(self.readers)
-            for position, sample in enumerate(reader.samples)
-            for text, info in enumerate(sample.texts)
-            if info.task in tasks
-        ]
+    def units(self, tasks: Collection[str]) -> UnitList:
+        """Return all units of some tasks that are not in quarantine, in the order of the shards."""
+        codes = [number for number, task in enumerate(TASKS) if task in tasks]
+        starts = [reader.samples.text_starts for reader in self.readers]
+        texts = []
+        for reader, start in zip(self.readers, starts, strict=True):
+            usable = np.zeros(len(reader), dtype=bool)
+            usable[reader.index.usable] = True
+            chosen = np.isin(reader.samples.tasks, codes) & np.repeat(usable, np.diff(start))
+            texts.append(np.flatnonzero(chosen).astype(np.uint32))
+        numbers = np.repeat(np.arange(len(texts), dtype=np.uint16), list(map(len, texts)))
+        return UnitList(starts, numbers, np.concatenate(texts))
+
+    def ids(self, units: Sequence[UnitRef]) -> LazySequence:
+        """Return `unit_id` of units, each made when it is asked for."""
+        return LazySequence(units, self.unit_id)
+
+    def tasks(self, units: UnitList) -> list[str]:
+        """Return `task` of units."""
+        columns = [reader.samples.tasks for reader in self.readers]
+        return [TASKS[code] for code in _gather(columns, units).tolist()]
+
+    def lengths(self, units: UnitList) -> NDArray[np.int64]:
+        """Return `length` of units."""
+        return _gather([reader.samples.chars for reader in self.readers], units)
 
     def unit_id(self, unit: UnitRef) -> str:
         """Return `dataset/key#text`, which names the unit in lists and messages."""
         reader = self.readers[unit.reader]
-        return f"{reader.index.dataset}/{reader.samples[unit.medium].key}#{unit.text}"
+        return f"{reader.index.dataset}/{reader.samples.key(unit.medium)}#{unit.text}"
 
     def dataset(self, unit: UnitRef) -> str:
         """Return the name of the unit's dataset."""
@@ -78,11 +101,11 @@ class ModalityData:
 
     def task(self, unit: UnitRef) -> str:
         """Return the unit's task."""
-        return self.readers[unit.reader].samples[unit.medium].texts[unit.text].task
+        return self._info(unit).task
 
     def length(self, unit: UnitRef) -> int:
         """Return the unit's text length in characters, known without reading it."""
-        return self.readers[unit.reader].samples[unit.medium].texts[unit.text].chars
+        return self._info(unit).chars
 
     def text(self, unit: UnitRef) -> Text:
         """Read the unit's text."""
@@ -99,17 +122,44 @@ class ModalityData:
         name = f"{reader.folder}: {sample.key}.{sample.extension}"
         return decode(kind, sample.extension, reader.read_media(unit.medium), name)
 
+    def _info(self, unit: UnitRef) -> TextInfo:
+        return self.readers[unit.reader].samples[unit.medium].texts[unit.text]
 
-def _require_whole_tars(reader: ShardReader) -> None:
-    """Compare the tars' sizes with the index, before anything is trained on them."""
-    for shard in reader.index.shards:
-        path = reader.folder / shard.name
-        found = path.stat().st_size if path.exists() else 0
-        if found != shard.bytes:
-            raise DataError(
-                f"{path} has {found} bytes, its index says {shard.bytes}: it is truncated or was "
-                "changed; copy or build the shard set again"
-            )
+
+def _gather(columns: Sequence[NDArray[Any]], units: UnitList) -> NDArray[Any]:
+    """Return each unit's value from the column of its shard set."""
+    values = np.zeros(len(units), dtype=np.int64)
+    for number, column in enumerate(columns):
+        chosen = units.readers == number
+        values[chosen] = column[units.texts[chosen]]
+    return values
+
+
+class MediaCache:
+    """The last media that were decoded and transformed, up to a number of bytes.
+
+    Texts of one medium often meet in a step (a clip has 40 captions); it is decoded once.
+    """
+
+    def __init__(self, load: Callable[[UnitRef], Tensor], limit: int) -> None:
+        self._load = load
+        self._limit = limit
+        self._kept: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._size = 0
+
+    def __call__(self, unit: UnitRef) -> Tensor:
+        """Return a unit's medium; don't change it."""
+        place = (unit.reader, unit.medium)
+        if place in self._kept:
+            self._kept.move_to_end(place)
+            return self._kept[place]
+        media = self._load(unit)
+        if media.nbytes <= self._limit:
+            self._kept[place] = media
+            self._size += media.nbytes
+        while self._size > self._limit:
+            self._size -= self._kept.popitem(last=False)[1].nbytes
+        return media
 
 
 class UnitReader:
@@ -129,16 +179,25 @@ class UnitReader:
         self._load_medium = load_medium
         self._encoded = encoded
 
-    def read(self, unit: UnitRef, supervised: bool = True) -> Sample:
-        """Return a sample, with its answer (training) or without (generation)."""
+    def task(self, unit: UnitRef) -> str:
+        """Return the unit's task."""
+        return self._data.task(unit)
+
+    def pieces(self, unit: UnitRef, supervised: bool = True) -> TokenPieces:
+        """Return the token ids of a unit's text, without touching its medium."""
         where = self._data.unit_id(unit)
         text = self._data.text(unit)
         if not text.answers:
             raise DataError(f"{where} has no answer; rebuild the shard set")
-        question = self._caption_prompt if text.task == "caption" else text.question
-        pieces = self._prompts.build(question, text.answers[0] if supervised else None, where)
+        caption = text.task == "caption"
+        question = self._caption_prompt if caption else self._prompts.ask(text.question)
+        return self._prompts.build(question, text.answers[0] if supervised else None, where)
+
+    def read(self, unit: UnitRef, supervised: bool = True) -> Sample:
+        """Return a sample, with its answer (training) or without (generation)."""
+        pieces = self.pieces(unit, supervised)
         return Sample(
-            id=where,
+            id=self._data.unit_id(unit),
             modality=self._data.modality,
             prefix_ids=pieces.prefix,
             suffix_ids=pieces.suffix,

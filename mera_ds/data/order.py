@@ -13,8 +13,13 @@ in a micro-step repeats one that does not count.
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 LENGTH_WINDOW = 4
 """How many batches' worth of shuffled units are sorted by length together.
@@ -35,9 +40,43 @@ Unit = tuple[str, int]
 """Modality, and position in that modality's list of units."""
 
 
+class EpochOrder(Sequence[Unit]):
+    """The units of an epoch in order: five bytes each."""
+
+    def __init__(
+        self, modalities: Sequence[str], codes: NDArray[np.uint8], units: NDArray[np.int32]
+    ) -> None:
+        self.modalities = tuple(modalities)
+        self.codes = codes
+        """(U,) position in `modalities`."""
+        self.units = units
+        """(U,) position in that modality's list of units."""
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    @overload
+    def __getitem__(self, position: int) -> Unit: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[Unit]: ...
+    def __getitem__(self, position: int | slice) -> Unit | list[Unit]:
+        if isinstance(position, slice):
+            pairs = zip(self.codes[position].tolist(), self.units[position].tolist(), strict=True)
+            return [(self.modalities[code], unit) for code, unit in pairs]
+        return self.modalities[self.codes[position]], int(self.units[position])
+
+    def __iter__(self) -> Iterator[Unit]:
+        return iter(self[:])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self[:] == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def epoch_order(
-    lengths: Mapping[str, Sequence[int]], batch_size: int, seed: int, epoch: int
-) -> list[Unit]:
+    lengths: Mapping[str, ArrayLike], batch_size: int, seed: int, epoch: int
+) -> EpochOrder:
     """Return every unit of every modality exactly once, in the order of the epoch.
 
     Args:
@@ -46,30 +85,33 @@ def epoch_order(
         seed: seed of the run.
         epoch: number of the epoch, from 0.
     """
-    total = sum(len(entry) for entry in lengths.values())
-    placed: list[tuple[float, int, Unit]] = []
-    for rank, (modality, entry) in enumerate(lengths.items()):
+    columns = {name: np.asarray(entry, dtype=np.int64) for name, entry in lengths.items()}
+    total = sum(map(len, columns.values()))
+    units, codes, places = [], [], []
+    for code, (modality, column) in enumerate(columns.items()):
         generator = random.Random(f"{seed}/{epoch}/{modality}")
-        group = max(1, round(batch_size * len(entry) / max(1, total)))
-        order = _grouped_by_length(entry, group, generator)
-        for position, unit in enumerate(order):
-            placed.append(((position + 0.5) / len(order), rank, (modality, unit)))
-    placed.sort(key=lambda entry: entry[:2])
-    return [unit for _, _, unit in placed]
+        group = max(1, round(batch_size * len(column) / max(1, total)))
+        units.append(_grouped_by_length(column, group, generator))
+        codes.append(np.full(len(column), code, dtype=np.uint8))
+        places.append((np.arange(len(column)) + 0.5) / max(1, len(column)))
+    code_column = np.concatenate(codes)
+    interleaved = np.lexsort((code_column, np.concatenate(places)))
+    return EpochOrder(list(columns), code_column[interleaved], np.concatenate(units)[interleaved])
 
 
-def _grouped_by_length(lengths: Sequence[int], group: int, generator: random.Random) -> list[int]:
-    units = list(range(len(lengths)))
-    generator.shuffle(units)
-    window = group * LENGTH_WINDOW
-    runs = []
-    for start in range(0, len(units), window):
-        similar = sorted(units[start : start + window], key=lambda unit: lengths[unit])
-        runs += [similar[i : i + group] for i in range(0, len(similar), group)]
-    full = [run for run in runs if len(run) == group]
-    short = [run for run in runs if len(run) != group]
-    generator.shuffle(full)
-    return [unit for run in full + short for unit in run]
+def _grouped_by_length(
+    lengths: NDArray[np.int64], group: int, generator: random.Random
+) -> NDArray[np.int32]:
+    shuffled = array("i", range(len(lengths)))
+    generator.shuffle(shuffled)
+    units = np.array(shuffled, dtype=np.int32)
+    window = np.arange(len(units)) // (group * LENGTH_WINDOW)
+    units = units[np.lexsort((lengths[units], window))]
+    full = len(units) // group
+    runs = array("i", range(full))
+    generator.shuffle(runs)
+    in_runs = units[: full * group].reshape(full, group)[np.array(runs, dtype=np.int32)]
+    return np.concatenate((in_runs.reshape(-1), units[full * group :]))
 
 
 def steps_per_epoch(units: int, batch_size: int) -> int:

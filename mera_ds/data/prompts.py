@@ -5,13 +5,22 @@ the supervised span is known by construction and no second tokenisation has to a
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+import jinja2
 
 from mera_ds.config import PromptConfig
 from mera_ds.errors import DataError, InputError
 
 MEDIUM = "\ue000"
 """A private-use character that stands for the medium while the chat template is rendered."""
+ANSWER = "\ue001"
+"""One that stands for what the assistant says."""
+
+TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+"""Qwen3 answers at once; Llama 3.1 and later write a date, which must not be that of the day."""
+
+Style = Literal["chat", "plain", "bare"]
 
 
 @dataclass(frozen=True)
@@ -22,26 +31,56 @@ class TokenPieces:
     suffix: tuple[int, ...]
     answer: tuple[int, ...]
 
+    def __len__(self) -> int:
+        """Return the number of tokens of all pieces."""
+        return len(self.prefix) + len(self.suffix) + len(self.answer)
+
 
 class PromptBuilder:
-    """Turns texts into token pieces in one of the two styles of `PromptConfig`."""
+    """Turns texts into token pieces in the styles of `PromptConfig`.
 
-    def __init__(self, config: PromptConfig, tokenizer: Any) -> None:
+    `chat` is the tokenizer's own template, with the medium at the start of the user's turn;
+    `plain` is medium, question, answer; `bare` is medium, answer (LLaVA's stage 1).
+    """
+
+    def __init__(self, config: PromptConfig, tokenizer: Any, phase: str | None = None) -> None:
+        """Learn how the tokenizer's template ends an assistant's turn.
+
+        Args:
+            config: the run's prompt settings.
+            tokenizer: the backbone's.
+            phase: which phase the rows are for, since `align` may have a style of its own.
+
+        Raises:
+            DataError: if the tokenizer has no end token.
+            InputError: if its chat template is missing, or can't express the settings.
+        """
         self._config = config
         self._tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end token (eos_token); add one to its folder")
-        if config.style == "chat" and not tokenizer.chat_template:
-            raise InputError(
-                "prompt.style is chat, but the backbone's tokenizer has no chat template; "
-                "set prompt.style=plain"
-            )
+        self._eos = int(tokenizer.eos_token_id)
+        bare = phase == "align" and config.align_style == "bare"
+        self._style: Style = "bare" if bare else config.style
+        self._space = ""
+        end: tuple[int, ...] = (self._eos,)
+        if config.style == "chat":
+            if not tokenizer.chat_template:
+                raise InputError(
+                    "prompt.style is chat, but the backbone's tokenizer has no chat template; "
+                    "set prompt.style=plain"
+                )
+            self._space, end = self._learn_turn()
+        self.end_ids = tuple(sorted({end[-1], self._eos}))
+        """Tokens that end a generated text."""
+        newline = bare and config.align_end == "newline"
+        self._end = self._ids("\n") if newline else end
 
     def build(self, question: str, answer: str | None, where: str) -> TokenPieces:
         """Return the token ids of one sample.
 
         Args:
-            question: instruction or question.
+            question: instruction or question; the style `bare` leaves it out.
             answer: the supervised text; None for generation.
             where: name of the sample, for messages.
 
@@ -51,35 +90,99 @@ class PromptBuilder:
         prefix, suffix = self._frame(question)
         target: tuple[int, ...] = ()
         if answer is not None:
-            target = self._ids(self._spaced(answer))
-            if not target or not answer.strip():
+            text = answer.strip()
+            target = self._ids(self._lead() + text)
+            if not target or not text:
                 raise DataError(f"{where}: the answer {answer!r} has no token to learn from")
-            target = (*target, int(self._tokenizer.eos_token_id))
-        return TokenPieces(self._start() + self._ids(prefix), self._ids(suffix), target)
+            target = (*target, *self._end)
+        return TokenPieces(prefix, self._ids(suffix), target)
 
-    def _frame(self, question: str) -> tuple[str, str]:
-        if self._config.style == "plain":
-            return "", f" {question}"
-        rendered = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": f"{MEDIUM}\n{question}"}],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        prefix, found, suffix = rendered.partition(MEDIUM)
-        if not found:
-            raise InputError(
-                "the tokenizer's chat template leaves out what the user says; "
-                "set prompt.style=plain"
-            )
-        return prefix, suffix
+    def ask(self, question: str) -> str:
+        """Return a question of the task QA with the configured request for a short answer."""
+        suffix = self._config.qa_suffix
+        return question if suffix is None else f"{question}\n{suffix}"
 
-    def _spaced(self, answer: str) -> str:
-        return f" {answer}" if self._config.style == "plain" else answer
-
-    def _start(self) -> tuple[int, ...]:
-        """The start token in plain style; a chat template writes its own."""
+    def _frame(self, question: str) -> tuple[tuple[int, ...], str]:
+        """Return the token ids in front of the medium, and the text between it and the answer."""
+        if self._style == "chat":
+            prefix, suffix, _ = self._render(question)
+            # A template writes its own start token, so that none is added.
+            ids = self._tokenizer(prefix, add_special_tokens=False)["input_ids"]
+            return tuple(ids), suffix.removesuffix(self._space)
         start = self._tokenizer.bos_token_id
-        return (int(start),) if self._config.style == "plain" and start is not None else ()
+        text = f" {question}" if self._style == "plain" else ""
+        return (() if start is None else (int(start),)), text
+
+    def _lead(self) -> str:
+        """Return the space in front of an answer."""
+        return {"chat": self._space, "plain": " ", "bare": ""}[self._style]
+
+    def _render(self, question: str) -> tuple[str, str, str]:
+        """Return what the template writes before the medium, from there to the answer, and after.
+
+        What stands before the answer is what the model is given when it has to speak: where a
+        template's generation prompt differs from it (an empty thought of Qwen3, for instance),
+        training and generation still agree.
+        """
+        messages = [
+            *self._opening(question),
+            {"role": "assistant", "content": ANSWER},
+        ]
+        text = self._apply(messages, add_generation_prompt=False)
+        # The question may hold the marks, too: the medium's is the first, the answer's the last.
+        prefix, found, rest = text.partition(MEDIUM)
+        suffix, answered, tail = rest.rpartition(ANSWER)
+        if not found or not answered:
+            raise InputError(
+                "the tokenizer's chat template leaves out what the user says or what the "
+                "assistant says; set prompt.style=plain"
+            )
+        return prefix, suffix, tail
+
+    def _opening(self, question: str) -> list[dict[str, str]]:
+        system = self._config.system
+        first = [] if system is None else [{"role": "system", "content": system}]
+        return [*first, {"role": "user", "content": f"{MEDIUM}\n{question}"}]
+
+    def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    **TEMPLATE_SETTINGS,
+                )
+            )
+        except jinja2.TemplateError as error:
+            raise InputError(
+                f"the tokenizer's chat template refuses the conversation ({error}); if it knows "
+                "no system text, leave prompt.system empty, otherwise set prompt.style=plain"
+            ) from None
+
+    def _learn_turn(self) -> tuple[str, tuple[int, ...]]:
+        """Return the space that belongs to an answer, and the tokens that end it.
+
+        The end is what the template writes behind the assistant's text, up to its first special
+        token: `<|eot_id|>` of Llama 3, whose end token may be another one. A template that writes
+        none there leaves the end token.
+        """
+        prefix, suffix, tail = self._render("?")
+        prompt = self._apply(self._opening("?"), add_generation_prompt=True)
+        space = f"{prefix}{MEDIUM}{suffix}".removeprefix(prompt)
+        known = self._tokenizer.added_tokens_decoder.items()
+        special = {number for number, token in known if token.special}
+        special |= set(self._tokenizer.all_special_ids)
+        ids = self._ids(tail)
+        last = next((place for place, number in enumerate(ids) if number in special), None)
+        end = (self._eos,) if last is None else ids[: last + 1]
+        return ("" if space.strip() else space), end
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Tokenise a piece from the middle of a row.
+
+        The end token in front keeps SentencePiece tokenizers from putting the space there that
+        they put before the first word of a text.
+        """
+        ids = self._tokenizer(self._tokenizer.eos_token + text, add_special_tokens=False)
+        return tuple(ids["input_ids"][1:])

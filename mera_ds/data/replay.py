@@ -8,6 +8,8 @@ import hashlib
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def replay_sample(ids: Sequence[str], tasks: Sequence[str], percent: float, seed: int) -> list[int]:
     """Return the positions of the replay units, in their original order.
@@ -20,11 +22,13 @@ def replay_sample(ids: Sequence[str], tasks: Sequence[str], percent: float, seed
         percent: r, in (0, 100].
         seed: seed of the run.
     """
+    draws = np.fromiter((_draw(name, seed) for name in ids), dtype="S32", count=len(ids))
+    names = np.asarray(tasks)
     chosen: list[int] = []
     for task in sorted(set(tasks)):
-        positions = [position for position, name in enumerate(tasks) if name == task]
-        positions.sort(key=lambda position: _draw(ids[position], seed))
-        chosen += positions[: math.ceil(len(positions) * percent / 100)]
+        positions = np.flatnonzero(names == task)
+        order = positions[np.argsort(draws[positions], kind="stable")]
+        chosen += order[: math.ceil(len(order) * percent / 100)].tolist()
     return sorted(chosen)
 
 

@@ -1,7 +1,7 @@
 """Predictions: one JSON line per item, stored apart from scores so that scoring can be repeated."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,19 @@ def predict(
     reader: UnitReader,
     items: Sequence[Item],
     config: EvaluateConfig,
+    end_ids: Collection[int] = (),
 ) -> list[Prediction]:
-    """Generate greedily for all items, in batches of similar prompt length."""
+    """Generate greedily for all items, in batches of similar prompt length.
+
+    `end_ids` are tokens that end a text beside the tokenizer's own (`PromptBuilder.end_ids`).
+    """
     samples = [reader.read(item.unit, supervised=False) for item in items]
     order = sorted(range(len(items)), key=lambda number: len(samples[number].suffix_ids))
     texts = [""] * len(items)
     for start in range(0, len(order), config.batch_size):
         chosen = order[start : start + config.batch_size]
-        said = model.generate([samples[n] for n in chosen], config.max_new_tokens, tokenizer)
+        batch = [samples[n] for n in chosen]
+        said = model.generate(batch, config.max_new_tokens, tokenizer, end_ids)
         for number, text in zip(chosen, said, strict=True):
             texts[number] = text
     logger.info("%s: %d predictions", data.modality, len(items))

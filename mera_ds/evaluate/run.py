@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mera_ds.checkpoint import Manifest, read_manifest
-from mera_ds.config import RunConfig, dump, resolve_path
+from mera_ds.config import RunConfig, resolve_path
 from mera_ds.data.dataset import TEST
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World, main_rank_first
@@ -30,6 +30,7 @@ from mera_ds.log import Metrics, logger
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.build import build_encoders, build_model, move_to
 from mera_ds.plan import EvaluateStep
+from mera_ds.settings import dump
 from mera_ds.shards.format import TASKS, read_index
 
 SCORES = "scores.json"
@@ -57,6 +58,11 @@ def evaluation_is_finished(run: Path, config: RunConfig, step: EvaluateStep) -> 
     return bool(read_json(path)["key"] == evaluation_key(run, config, step))
 
 
+def predictions_folder(run: Path, config: RunConfig, step: EvaluateStep) -> Path:
+    """Return where an evaluation's predictions are kept; equal names, equal predictions."""
+    return run / step.output / "predictions" / evaluation_key(run, config, step)[:16]
+
+
 def run_evaluate_step(run: Path, config: RunConfig, step: EvaluateStep, world: World) -> None:
     """Evaluate a stage's model on its modalities; only rank 0 works, the others wait.
 
@@ -72,7 +78,7 @@ def run_evaluate_step(run: Path, config: RunConfig, step: EvaluateStep, world: W
         alone = World(rank=0, size=1, local_rank=world.local_rank)
         key = evaluation_key(run, config, step)
         manifest = read_manifest(run / step.start)
-        predictions = _predictions(run, config, step, key, alone)
+        predictions = _predictions(run, config, step, alone)
         rows = [
             _row(config, run, step, manifest, dataset, modality, task, found)
             for (dataset, modality, task), found in predictions.items()
@@ -87,13 +93,13 @@ TaskName = tuple[str, str, str]
 
 
 def _predictions(
-    run: Path, config: RunConfig, step: EvaluateStep, key: str, world: World
+    run: Path, config: RunConfig, step: EvaluateStep, world: World
 ) -> dict[TaskName, list[Prediction]]:
     """Return the predictions of all tasks, generating those that are not stored."""
     encoders = build_encoders(config, run, step.modalities)
     tokenizer = load_tokenizer(resolve_path(config.backbone.path, run))
     prompts = PromptBuilder(config.prompt, tokenizer)
-    folder = run / step.output / "predictions" / key[:16]
+    folder = predictions_folder(run, config, step)
     model = None
     found: dict[TaskName, list[Prediction]] = {}
     for modality in step.modalities:
@@ -106,7 +112,8 @@ def _predictions(
                     move_to(model, encoders, world.device)
                     model.eval()
                 items = test_items(data, dataset, task, config.evaluate.limit)
-                said = predict(model, tokenizer, data, reader, items, config.evaluate)
+                ends = prompts.end_ids
+                said = predict(model, tokenizer, data, reader, items, config.evaluate, ends)
                 save_predictions(path, said)
             found[(dataset, modality, task)] = load_predictions(path)
     return found

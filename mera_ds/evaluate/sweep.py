@@ -35,6 +35,7 @@ from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.build import build_encoders, build_model, move_to
 from mera_ds.model.lora import linear_layers
 from mera_ds.model.mllm import MultimodalLM
+from mera_ds.registry import load_plugins
 from mera_ds.shards.format import TASKS
 
 
@@ -74,6 +75,7 @@ def sweep(
     if len(manifest.lineage) < 2:
         raise InputError(f"{product} has one stage only; there is no old against new yet")
     check_lineage(product, manifest, base_sha256(config, run))
+    load_plugins(config, run)
     modalities = [entry.modality for entry in manifest.lineage]
     encoders = build_encoders(config, run, modalities)
     model = build_model(config, run, None, modalities, encoders)

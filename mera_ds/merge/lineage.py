@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor
 
 from mera_ds.checkpoint import write_product
-from mera_ds.config import require_known
 from mera_ds.errors import InputError
 from mera_ds.manifest import DeltaEntry, Manifest, check_chain, read_manifest
 from mera_ds.merge.factors import factorise
@@ -30,6 +29,7 @@ from mera_ds.merge.updates import (
     open_updates,
     take_over,
 )
+from mera_ds.settings import require_known
 
 
 def merged_lineage(manifest: Manifest, stage: int, coefficient: Fraction) -> tuple[DeltaEntry, ...]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from mera_ds.config import RunConfig, require_known
+from mera_ds.config import RunConfig
 from mera_ds.methods import expert, finetune, mera
 from mera_ds.plan import Plan
+from mera_ds.settings import require_known
 
 METHODS: dict[str, Callable[[RunConfig], Plan]] = {
     "mera": mera.plan,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from mera_ds.checkpoint import Manifest
 from mera_ds.config import BackboneConfig
@@ -35,7 +35,7 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
         InputError: if the folder is no causal language model that transformers knows.
     """
     transformers.utils.logging.disable_progress_bar()
-    attention = _attention(config)
+    attention, reason = _attention(config)
     try:
         llm = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -46,23 +46,67 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"backbone.path: no model can be loaded from {folder}: {error}") from None
+    _refuse_scaled_logits(llm, folder)
     llm.requires_grad_(False)
     llm.config.use_cache = False
+    # Its own sampling settings and penalties would change what greedy decoding says.
+    llm.generation_config = GenerationConfig(eos_token_id=sorted(generation_ends(llm)) or None)
     if config.gradient_checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
-    logger.info("backbone %s in %s, attention %s", folder.name, config.dtype, attention)
+    logger.info(
+        *("backbone %s (%s) in %s, attention %s (%s)", folder.name, type(llm).__name__),
+        *(config.dtype, attention, reason),
+    )
     return llm
 
 
-def _attention(config: BackboneConfig) -> str:
+def generation_ends(llm: Any) -> set[int]:
+    """Return the tokens that end a text according to the backbone's generation config."""
+    ends = llm.generation_config.eos_token_id
+    return set() if ends is None else set(ends) if isinstance(ends, list) else {int(ends)}
+
+
+_SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping", "embedding_multiplier")
+"""Settings of families (Cohere, Granite, Gemma) whose logits are not  head · hidden state."""
+
+
+def _refuse_scaled_logits(llm: PreTrainedModel, folder: Path) -> None:
+    for name in _SCALED:
+        if getattr(llm.config, name, None) not in (None, 1, 1.0):
+            raise InputError(
+                f"backbone.path: {folder} is a {type(llm).__name__} with {name}="
+                f"{getattr(llm.config, name)}, which the loss here does not apply; take a "
+                "backbone of the Llama, Qwen or Mistral family"
+            )
+
+
+def _attention(config: BackboneConfig) -> tuple[str, str]:
+    """Return which attention is used, and why.
+
+    Raises:
+        InputError: if the configuration asks for flash-attn where it can't run.
+    """
+    obstacle = _flash_obstacle(config)
+    if config.attention == "flash_attention_2" and obstacle is not None:
+        raise InputError(
+            f"backbone.attention is flash_attention_2, but {obstacle}; set backbone.attention=auto "
+            "to take what can run here (on a machine with CUDA, flash-attn is installed with "
+            "'pip install flash-attn --no-build-isolation')"
+        )
     if config.attention != "auto":
-        return config.attention
-    flash = (
-        importlib.util.find_spec("flash_attn") is not None
-        and torch.cuda.is_available()
-        and config.dtype != "fp32"
-    )
-    return "flash_attention_2" if flash else "sdpa"
+        return config.attention, "as configured"
+    return ("flash_attention_2", "installed") if obstacle is None else ("sdpa", obstacle)
+
+
+def _flash_obstacle(config: BackboneConfig) -> str | None:
+    """Return why flash-attn can't be used; None if it can."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    if not torch.cuda.is_available():
+        return "flash-attn needs a GPU and there is none"
+    if config.dtype == "fp32":
+        return "flash-attn computes in fp16 or bf16 only and backbone.dtype is fp32"
+    return None
 
 
 def fold_lineage(llm: PreTrainedModel, product: Path, manifest: Manifest) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,8 @@ def build_model(
         manifest = read_manifest(product)
         check_lineage(product, manifest, base_sha256(config, run))
         fold_lineage(llm, product, manifest)
-    width = int(llm.config.hidden_size)
+    embedding: Any = llm.get_input_embeddings()
+    width = int(embedding.embedding_dim)
     connectors = {
         modality: _connector(config, run, product, manifest, modality, encoders[modality], width)
         for modality in modalities

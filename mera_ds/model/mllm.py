@@ -4,8 +4,9 @@ Shape letters: B samples, T positions, N feature tokens, K connector tokens, D b
 L label positions, V vocabulary.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from mera_ds.batch import Batch, Features, Sample, pad_features
-from mera_ds.errors import InputError
+from mera_ds.errors import DataError, InputError
+from mera_ds.model.backbone import generation_ends
 from mera_ds.model.connectors import Connector
 from mera_ds.model.encoders import Encoder
 
@@ -55,6 +57,11 @@ class MultimodalLM(nn.Module):
         self.connectors = nn.ModuleDict(dict(connectors))
         self._encoders = dict(encoders)
         self._max_length = max_length
+
+    @property
+    def encoders(self) -> Mapping[str, Encoder]:
+        """The frozen encoders, by modality."""
+        return self._encoders
 
     @property
     def device(self) -> torch.device:
@@ -122,6 +129,8 @@ class MultimodalLM(nn.Module):
             self._check_length(row, sample)
             rows.append(row)
             if counted[number]:
+                if not sample.answer_ids:
+                    raise DataError(f"{sample.id} has no token to learn from; it has no answer")
                 first = len(row) - len(sample.answer_ids)
                 positions += [(number, place - 1) for place in range(first, len(row))]
                 labels += sample.answer_ids
@@ -145,20 +154,28 @@ class MultimodalLM(nn.Module):
     def _hidden(self, rows: Rows) -> Tensor:
         """Return the backbone's last hidden states (B, T, D)."""
         padding = not bool(rows.attention.all())
-        return self.llm.model(
+        return self.llm.base_model(
             inputs_embeds=rows.embeddings,
             attention_mask=rows.attention if padding else None,
             use_cache=False,
         ).last_hidden_state
 
     @torch.no_grad()
-    def generate(self, samples: Sequence[Sample], max_new_tokens: int, tokenizer: Any) -> list[str]:
-        """Continue the samples greedily; return the texts up to the end token.
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        max_new_tokens: int,
+        tokenizer: Any,
+        end_ids: Collection[int] = (),
+    ) -> list[str]:
+        """Continue the samples greedily; return the texts up to the first end token.
 
         Args:
             samples: of one modality, without answers.
             max_new_tokens: most tokens per text.
-            tokenizer: gives the end token and decodes.
+            tokenizer: gives its end token and decodes.
+            end_ids: further tokens that end a text, such as the end of an assistant's turn; those
+                of the backbone's generation config count as well.
         """
         tokens, _ = self._connect(samples[0].modality, self.encode(samples))
         rows = self._lay_out(samples, tokens, [False] * len(samples))
@@ -170,15 +187,15 @@ class MultimodalLM(nn.Module):
                 for row, length in zip(rows.embeddings, lengths, strict=True)
             ]
         )
-        end = tokenizer.eos_token_id
+        ends = {tokenizer.eos_token_id, *end_ids, *generation_ends(self.llm)}
         ids_BT = self.llm.generate(
             inputs_embeds=embeddings_BTD,
             attention_mask=rows.attention.flip(1),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=True,
-            eos_token_id=end,
-            pad_token_id=end,
+            eos_token_id=sorted(ends),
+            pad_token_id=min(ends),
         )
-        said = [row[: row.index(end)] if end in row else row for row in ids_BT.tolist()]
+        said = [list(takewhile(lambda number: number not in ends, row)) for row in ids_BT.tolist()]
         return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]

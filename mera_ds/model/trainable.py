@@ -7,10 +7,10 @@ from collections.abc import Collection
 
 from torch import nn
 
-from mera_ds.config import require_known
 from mera_ds.model.lora import lora_parameters
 from mera_ds.model.mllm import MultimodalLM
 from mera_ds.plan import LORA, connector_set
+from mera_ds.settings import require_known
 
 
 def parameter_sets(model: MultimodalLM) -> dict[str, dict[str, nn.Parameter]]:

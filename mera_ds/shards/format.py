@@ -4,26 +4,37 @@ A folder `<dataset>/<split>` holds ordinary WebDataset tars and `index.json`. Th
 last, so its presence says that the folder is complete. `shards/README.md` describes the format.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mera_ds.errors import DataError, InputError
-from mera_ds.files import read_json, sha256_json
+from mera_ds.files import sha256_json
+from mera_ds.shards.checks import INDEX_NAME as INDEX_NAME
+from mera_ds.shards.checks import REBUILD as REBUILD
+from mera_ds.shards.checks import as_integer, as_list, as_mapping, as_text, require_fields
+from mera_ds.shards.quarantine import QUARANTINE_NAME, RENEW, Quarantine, read_quarantine
+from mera_ds.shards.remote import refresh
+from mera_ds.shards.scan import scan_object
+from mera_ds.shards.table import TASKS as TASKS
+from mera_ds.shards.table import SampleInfo as SampleInfo
+from mera_ds.shards.table import SampleTable, TableBuilder, whole_table
+from mera_ds.shards.table import TextInfo as TextInfo
 
 SCHEMA = 1
-INDEX_NAME = "index.json"
-TASKS = ("caption", "qa")
 MAX_MEMBER_BYTES = 1 << 30
 """No medium or record may be larger: it would have to fit in memory in every loader worker."""
 BLOCK = tarfile.BLOCKSIZE
-REBUILD = "rebuild the folder with `mera-ds shards build`, or copy it again"
 
 _INDEX_FIELDS = (
     *("schema", "dataset", "split", "modality", "licence", "recipe"),
@@ -32,14 +43,6 @@ _INDEX_FIELDS = (
 
 Choices: TypeAlias = Mapping[str, tuple[str, ...] | None]
 """Per task: the closed set of answers, or None if answers are free."""
-
-
-@dataclass(frozen=True, slots=True)
-class TextInfo:
-    """What the index says of a text: its task, and its length (question + first answer)."""
-
-    task: str
-    chars: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +61,13 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class SampleInfo:
-    """Where a sample lies in its tar. Offsets are those of the payloads, in bytes."""
-
-    key: str
-    concept: str
-    extension: str
-    media_offset: int
-    media_size: int
-    json_offset: int
-    json_size: int
-    texts: tuple[TextInfo, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class ShardInfo:
     """One tar: its name, size, hash and samples."""
 
     name: str
     bytes: int
     sha256: str
-    samples: tuple[SampleInfo, ...]
+    samples: Sequence[SampleInfo]
 
 
 @dataclass(frozen=True)
@@ -94,16 +83,37 @@ class ShardIndex:
     choices: Choices
     id_list_sha256: str
     shards: tuple[ShardInfo, ...]
+    quarantine: Quarantine | None = None
+    """What is left out of the folder, if anything; no part of `index.json`."""
 
     @cached_property
-    def samples(self) -> tuple[SampleInfo, ...]:
+    def samples(self) -> SampleTable:
         """All samples in order; a sample's position in the dataset is its place here."""
-        return tuple(sample for shard in self.shards for sample in shard.samples)
+        return whole_table([shard.samples for shard in self.shards])
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the index's content, and through its hashes of every byte it lists."""
-        return sha256_json(index_json(self))
+        """Hex SHA-256 of the index's content, and through its hashes of every byte it lists.
+
+        What is left out by quarantine is part of it.
+        """
+        own = hash_index(self)
+        return own if self.quarantine is None else sha256_json([own, asdict(self.quarantine)])
+
+    @cached_property
+    def usable(self) -> NDArray[np.intp]:
+        """Positions of the samples that are not in quarantine, ascending."""
+        left_out = self.quarantine.samples if self.quarantine else {}
+        if not left_out:
+            return np.arange(len(self.samples))
+        return np.flatnonzero([key not in left_out for key in self.samples.keys()])
+
+    @cached_property
+    def usable_counts(self) -> Mapping[str, int]:
+        """The `counts` without what is in quarantine."""
+        if self.quarantine is None:
+            return self.counts
+        return count_samples(self.samples[int(position)] for position in self.usable)
 
 
 def count_samples(samples: Iterable[SampleInfo]) -> dict[str, int]:
@@ -119,7 +129,23 @@ def count_samples(samples: Iterable[SampleInfo]) -> dict[str, int]:
 
 def hash_keys(samples: Iterable[SampleInfo]) -> str:
     """Return the index's `id_list_sha256`."""
-    return hashlib.sha256("\n".join(sample.key for sample in samples).encode()).hexdigest()
+    keys = samples.keys() if isinstance(samples, SampleTable) else (s.key for s in samples)
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def hash_index(index: ShardIndex) -> str:
+    """Return `sha256_json(index_json(index))` without holding all of that at once."""
+    head = _canonical({**index_json(dataclasses.replace(index, shards=())), "shards": []})
+    before, _, behind = head.rpartition('"shards":[]')
+    digest = hashlib.sha256(f'{before}"shards":['.encode())
+    for number, shard in enumerate(index.shards):
+        digest.update(f"{',' if number else ''}{_canonical(shard_json(shard))}".encode())
+    digest.update(f"]{behind}".encode())
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -145,8 +171,7 @@ def record_bytes(key: str, concept: str, source: str, texts: Iterable[Text]) -> 
             for t in texts
         ],
     }
-    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return text.encode()
+    return _canonical(record).encode()
 
 
 def parse_texts(record: Mapping[str, Any], where: str) -> tuple[Text, ...]:
@@ -156,15 +181,15 @@ def parse_texts(record: Mapping[str, Any], where: str) -> tuple[Text, ...]:
         DataError: a field is missing, unknown or of the wrong type; the message names `where`.
     """
     texts = []
-    for number, value in enumerate(_list(record.get("texts"), f"{where}: texts")):
+    for number, value in enumerate(as_list(record.get("texts"), f"{where}: texts")):
         place = f"{where}: texts[{number}]"
-        fields = _fields(value, ("id", "task", "question", "answers"), place)
-        answers = tuple(_text(answer, place) for answer in _list(fields["answers"], place))
+        fields = require_fields(value, ("id", "task", "question", "answers"), place)
+        answers = tuple(as_text(answer, place) for answer in as_list(fields["answers"], place))
         texts.append(
             Text(
-                id=_text(fields["id"], place),
-                task=_text(fields["task"], place),
-                question=_text(fields["question"], place),
+                id=as_text(fields["id"], place),
+                task=as_text(fields["task"], place),
+                question=as_text(fields["question"], place),
                 answers=answers,
             )
         )
@@ -181,9 +206,9 @@ def parse_record(content: bytes, key: str, where: str) -> dict[str, Any]:
         value = json.loads(content)
     except ValueError as error:
         raise DataError(f"{where} is not valid JSON ({error}); {REBUILD}") from None
-    record = _fields(value, ("id", "concept", "source", "texts"), where)
-    _text(record["concept"], where)
-    _text(record["source"], where)
+    record = require_fields(value, ("id", "concept", "source", "texts"), where)
+    as_text(record["concept"], where)
+    as_text(record["source"], where)
     if record["id"] != key:
         raise DataError(f"{where} has the id {record['id']!r}, expected {key!r}; {REBUILD}")
     return record
@@ -214,52 +239,80 @@ def index_bytes(index: ShardIndex) -> bytes:
 
 
 def read_index(folder: Path) -> ShardIndex:
-    """Read and check the index of a complete shard folder.
+    """Read and check the index of a complete shard folder, and its quarantine.
 
     Raises:
         InputError: the folder has no index, so it isn't complete or isn't a shard folder.
-        DataError: the index isn't of this format or contradicts itself.
+        DataError: the index isn't of this format or contradicts itself, or the quarantine
+            belongs to another index.
     """
+    refresh(folder)
     path = folder / INDEX_NAME
     if not path.exists():
         raise InputError(
             f"{folder} has no {INDEX_NAME}, so it is not a complete shard folder; run its "
             "`mera-ds shards build` again, it continues where it stopped"
         )
+    index = _parse_index(path)
+    _check_index(index, str(path))
+    quarantine = read_quarantine(folder)
+    if quarantine is None:
+        return index
+    if quarantine.index != hash_index(index):
+        raise DataError(f"{folder / QUARANTINE_NAME} belongs to another index; {RENEW}")
+    unknown = sorted(quarantine.samples.keys() - set(index.samples.keys()))
+    if unknown:
+        raise DataError(f"{folder / QUARANTINE_NAME} names the unknown {unknown[0]!r}; {RENEW}")
+    return dataclasses.replace(index, quarantine=quarantine)
+
+
+def _parse_index(path: Path) -> ShardIndex:
     where = str(path)
+    table = TableBuilder()
     try:
-        value = read_json(path)
-    except InputError as error:
-        raise DataError(str(error)) from None
-    fields = _fields(value, _INDEX_FIELDS, where)
+        value = scan_object(
+            path.read_text(encoding="utf-8"),
+            "shards",
+            lambda shard, number: _add_shard(table, shard, f"{where}: shards[{number}]"),
+        )
+    except ValueError as error:
+        raise DataError(f"{where} is not valid JSON ({error}); restore or rebuild it") from None
+    fields = require_fields(value, _INDEX_FIELDS, where)
     if fields["schema"] != SCHEMA:
         raise DataError(f"{where}: schema {fields['schema']!r}, expected {SCHEMA}; {REBUILD}")
-    index = ShardIndex(
-        dataset=_text(fields["dataset"], f"{where}: dataset"),
-        split=_text(fields["split"], f"{where}: split"),
-        modality=_text(fields["modality"], f"{where}: modality"),
-        licence=_text(fields["licence"], f"{where}: licence"),
-        recipe=_mapping(fields["recipe"], f"{where}: recipe"),
-        counts=_mapping(fields["counts"], f"{where}: counts"),
+    heads = as_list(fields["shards"], f"{where}: shards")
+    tables = table.build(stop for *_, stop in heads)
+    return ShardIndex(
+        dataset=as_text(fields["dataset"], f"{where}: dataset"),
+        split=as_text(fields["split"], f"{where}: split"),
+        modality=as_text(fields["modality"], f"{where}: modality"),
+        licence=as_text(fields["licence"], f"{where}: licence"),
+        recipe=as_mapping(fields["recipe"], f"{where}: recipe"),
+        counts=as_mapping(fields["counts"], f"{where}: counts"),
         choices=_parse_choices(fields["choices"], f"{where}: choices"),
-        id_list_sha256=_text(fields["id_list_sha256"], f"{where}: id_list_sha256"),
+        id_list_sha256=as_text(fields["id_list_sha256"], f"{where}: id_list_sha256"),
         shards=tuple(
-            parse_shard(value, f"{where}: shards[{number}]")
-            for number, value in enumerate(_list(fields["shards"], f"{where}: shards"))
+            ShardInfo(name, size, sha256, samples)
+            for (name, size, sha256, _), samples in zip(heads, tables, strict=True)
         ),
     )
-    _check_index(index, where)
-    return index
 
 
 def _check_index(index: ShardIndex, where: str) -> None:
-    counted = count_samples(index.samples)
+    tasks = index.samples.tasks
+    counted = {"samples": len(index.samples), "texts": len(tasks)}
+    counted |= {task: int((tasks == number).sum()) for number, task in enumerate(TASKS)}
     if dict(index.counts) != counted:
         raise DataError(
             f"{where}: counts say {dict(index.counts)}, its samples are {counted}; {REBUILD}"
         )
     if index.id_list_sha256 != hash_keys(index.samples):
         raise DataError(f"{where}: id_list_sha256 is not that of its sample keys; {REBUILD}")
+    if len(set(index.samples.keys())) < len(index.samples):
+        _name_twins(index, where)
+
+
+def _name_twins(index: ShardIndex, where: str) -> None:
     place: dict[str, str] = {}
     for shard in index.shards:
         for sample in shard.samples:
@@ -272,11 +325,11 @@ def _check_index(index: ShardIndex, where: str) -> None:
 
 
 def _parse_choices(value: Any, where: str) -> Choices:
-    fields = _fields(value, ("qa",), where)
+    fields = require_fields(value, ("qa",), where)
     closed = fields["qa"]
     if closed is None:
         return {"qa": None}
-    return {"qa": tuple(_text(answer, where) for answer in _list(closed, where))}
+    return {"qa": tuple(as_text(answer, where) for answer in as_list(closed, where))}
 
 
 def shard_json(shard: ShardInfo) -> dict[str, Any]:
@@ -300,80 +353,48 @@ def shard_json(shard: ShardInfo) -> dict[str, Any]:
 
 def parse_shard(value: Any, where: str) -> ShardInfo:
     """Read one entry of the index's `shards`; DataError if it isn't one."""
-    fields = _fields(value, ("name", "bytes", "sha256", "samples"), where)
-    name = _text(fields["name"], f"{where}: name")
+    table = TableBuilder()
+    name, size, sha256, stop = _add_shard(table, value, where)
+    return ShardInfo(name, size, sha256, table.build([stop])[0])
+
+
+def _add_shard(table: TableBuilder, value: Any, where: str) -> tuple[str, int, str, int]:
+    """Add a shard's samples to a table; return its name, bytes, sha256 and the table's length."""
+    fields = require_fields(value, ("name", "bytes", "sha256", "samples"), where)
+    name = as_text(fields["name"], f"{where}: name")
     if not re.fullmatch(r"\d{5,}\.tar", name):
         raise DataError(f"{where}: the shard name {name!r} is not like 00000.tar; {REBUILD}")
-    size = _integer(fields["bytes"], f"{where}: bytes")
-    samples = tuple(
-        _parse_sample(sample, size, f"{where}: samples[{number}]")
-        for number, sample in enumerate(_list(fields["samples"], f"{where}: samples"))
-    )
-    return ShardInfo(name, size, _text(fields["sha256"], f"{where}: sha256"), samples)
+    size = as_integer(fields["bytes"], f"{where}: bytes")
+    for number, sample in enumerate(as_list(fields["samples"], f"{where}: samples")):
+        table.add(_parse_sample(sample, size, f"{where}: samples[{number}]"))
+    return name, size, as_text(fields["sha256"], f"{where}: sha256"), len(table)
 
 
 def _parse_sample(value: Any, shard_size: int, where: str) -> SampleInfo:
-    fields = _fields(value, ("key", "concept", "media", "json", "texts"), where)
-    extension, media_offset, media_size = _list(fields["media"], where, 3)
-    json_offset, json_size = _list(fields["json"], where, 2)
+    fields = require_fields(value, ("key", "concept", "media", "json", "texts"), where)
+    extension, media_offset, media_size = as_list(fields["media"], where, 3)
+    json_offset, json_size = as_list(fields["json"], where, 2)
     for offset, size in ((media_offset, media_size), (json_offset, json_size)):
-        end = _integer(offset, where) + _integer(size, where)
+        end = as_integer(offset, where) + as_integer(size, where)
         if end > shard_size or size > MAX_MEMBER_BYTES:
             raise DataError(
                 f"{where}: {size} bytes at {offset} do not fit in a shard of {shard_size} bytes "
                 f"(at most {MAX_MEMBER_BYTES} a member); {REBUILD}"
             )
     return SampleInfo(
-        key=_text(fields["key"], where),
-        concept=_text(fields["concept"], where),
-        extension=_text(extension, where),
+        key=as_text(fields["key"], where),
+        concept=as_text(fields["concept"], where),
+        extension=as_text(extension, where),
         media_offset=media_offset,
         media_size=media_size,
         json_offset=json_offset,
         json_size=json_size,
-        texts=tuple(_parse_text_info(pair, where) for pair in _list(fields["texts"], where)),
+        texts=tuple(_parse_text_info(pair, where) for pair in as_list(fields["texts"], where)),
     )
 
 
 def _parse_text_info(value: Any, where: str) -> TextInfo:
-    task, chars = _list(value, where, 2)
+    task, chars = as_list(value, where, 2)
     if task not in TASKS:
         raise DataError(f"{where}: unknown task {task!r}; {REBUILD}")
-    return TextInfo(task, _integer(chars, where))
-
-
-def _fields(value: Any, names: tuple[str, ...], where: str) -> dict[str, Any]:
-    fields = _mapping(value, where)
-    if fields.keys() == set(names):
-        return fields
-    missing = [name for name in names if name not in fields]
-    unknown = [name for name in fields if name not in names]
-    raise DataError(
-        f"{where}: missing keys {missing}, unknown keys {unknown}; {REBUILD} (or use the version "
-        "of mera-ds that wrote it)"
-    )
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object, found {value!r:.60}; {REBUILD}")
-    return value
-
-
-def _list(value: Any, where: str, length: int | None = None) -> list[Any]:
-    if not isinstance(value, list) or (length is not None and len(value) != length):
-        wanted = "a list" if length is None else f"a list of {length}"
-        raise DataError(f"{where}: expected {wanted}, found {value!r:.60}; {REBUILD}")
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: expected a string, found {value!r:.60}; {REBUILD}")
-    return value
-
-
-def _integer(value: Any, where: str) -> int:
-    if type(value) is not int or value < 0:
-        raise DataError(f"{where}: expected a whole number >= 0, found {value!r:.60}; {REBUILD}")
-    return value
+    return TextInfo(task, as_integer(chars, where))

@@ -7,9 +7,10 @@ damaged header or at zero blocks in the middle, and would give a shorter dataset
 import hashlib
 import mmap
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mera_ds.errors import DataError, InputError
 from mera_ds.files import TEMPORARY, sha256_file
@@ -20,14 +21,16 @@ from mera_ds.shards.format import (
     SampleInfo,
     ShardIndex,
     ShardInfo,
+    Text,
     padding,
     parse_record,
     parse_texts,
     read_index,
 )
+from mera_ds.shards.quarantine import QUARANTINE_NAME
 from mera_ds.shards.reader import ShardReader
-from mera_ds.shards.rules import sample_problems
-from mera_ds.shards.writer import BUILDING
+from mera_ds.shards.rules import IDS_FILE, id_lines, sample_problems, texts_per_medium
+from mera_ds.shards.tars import BUILDING
 
 Decode = Callable[[str, bytes, str], object]
 """(extension, content, name for messages) -> the decoded medium; raises DataError if broken."""
@@ -64,15 +67,16 @@ def lint(folder: Path, decode: Decode | None = None) -> list[str]:
         index = read_index(folder)
     except (InputError, DataError) as error:
         return [str(error)]
-    problems = _stray_files(folder, index)
+    problems = [*_stray_files(folder, index), *_side_file_problems(folder, index)]
     seen: dict[str, str] = {}
+    texts: list[tuple[str, tuple[Text, ...]]] = []
     for shard in index.shards:
         path = folder / shard.name
         problems += _file_problems(folder, shard)
         if path.is_file() and path.stat().st_size:
             problems += _layout_problems(path, shard)
-            problems += _sample_problems(path, index, shard, seen, decode)
-    return problems
+            problems += _sample_problems(path, index, shard, seen, texts, decode)
+    return problems + _text_list_problems(folder, index, texts)
 
 
 def lint_pair(first: Path, second: Path) -> list[str]:
@@ -108,13 +112,50 @@ def _media_hashes(reader: ShardReader) -> Iterator[tuple[str, str]]:
 
 
 def _stray_files(folder: Path, index: ShardIndex) -> list[str]:
-    listed = {shard.name for shard in index.shards} | {INDEX_NAME}
+    listed = {INDEX_NAME, QUARANTINE_NAME, *_side_files(index)}
+    listed |= {shard.name for shard in index.shards}
     problems = []
     for path in sorted(folder.iterdir()):
         if TEMPORARY in path.name or path.name == BUILDING:
             problems.append(f"{path} was left by a killed build; run that build again")
         elif path.name not in listed:
             problems.append(f"{path} is not listed in the index; remove it")
+    return problems
+
+
+def _side_files(index: ShardIndex) -> dict[str, Any]:
+    """Return name -> SHA-256 of the files that the index lists beside itself."""
+    files = index.recipe.get("files", {})
+    return files if isinstance(files, dict) else {}
+
+
+def _side_file_problems(folder: Path, index: ShardIndex) -> list[str]:
+    problems = []
+    for name, sha256 in _side_files(index).items():
+        path = folder / name
+        if path.parent != folder or not path.is_file():
+            problems.append(f"{path} is listed in the index but is no file here")
+        elif sha256_file(path) != sha256:
+            problems.append(f"{path} has changed: its sha256 is not the one in the index")
+    return problems
+
+
+def _text_list_problems(
+    folder: Path, index: ShardIndex, texts: Sequence[tuple[str, tuple[Text, ...]]]
+) -> list[str]:
+    """Compare the texts with the list of ids and the numbers per medium that a recipe states."""
+    problems = []
+    path = folder / IDS_FILE
+    if IDS_FILE in _side_files(index) and path.is_file():
+        if path.read_text(encoding="utf-8", errors="replace") != id_lines(texts):
+            problems.append(f"{path} does not list the texts that are in the tars")
+    stated = index.recipe.get("texts_per_medium")
+    if stated is not None:
+        found = texts_per_medium(texts for _, texts in texts)
+        if stated != found:
+            problems.append(
+                f"{folder}: texts per medium (least, most) are {found}, its recipe says {stated}"
+            )
     return problems
 
 
@@ -200,8 +241,14 @@ def _parse_header(header: bytes, position: int) -> _Member:
 
 
 def _sample_problems(
-    path: Path, index: ShardIndex, shard: ShardInfo, seen: dict[str, str], decode: Decode | None
+    path: Path,
+    index: ShardIndex,
+    shard: ShardInfo,
+    seen: dict[str, str],
+    texts: list[tuple[str, tuple[Text, ...]]],
+    decode: Decode | None,
 ) -> list[str]:
+    """Check the samples of a tar; hashes and texts are added to `seen` and `texts`."""
     problems = []
     with path.open("rb") as file:
         for sample in shard.samples:
@@ -216,7 +263,7 @@ def _sample_problems(
             twin = seen.setdefault(hashlib.sha256(media).hexdigest(), where)
             if twin != where:
                 problems.append(f"{where}: the same medium as {twin}; give it all texts once")
-            problems += _record_problems(index, sample, record, where)
+            problems += _record_problems(index, sample, record, texts, where)
             if decode is not None:
                 name = f"{where}.{sample.extension}"
                 problems += _decode_problems(decode, sample.extension, media, name)
@@ -224,13 +271,18 @@ def _sample_problems(
 
 
 def _record_problems(
-    index: ShardIndex, sample: SampleInfo, content: bytes, where: str
+    index: ShardIndex,
+    sample: SampleInfo,
+    content: bytes,
+    all_texts: list[tuple[str, tuple[Text, ...]]],
+    where: str,
 ) -> list[str]:
     try:
         record = parse_record(content, sample.key, f"{where}.json")
         texts = parse_texts(record, f"{where}.json")
     except DataError as error:
         return [str(error)]
+    all_texts.append((sample.key, texts))
     found = sample_problems(
         sample.key, sample.extension, sample.media_size, sample.concept, texts, index.choices
     )

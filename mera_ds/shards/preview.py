@@ -6,17 +6,29 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mera_ds.errors import DataError
 from mera_ds.files import write_bytes
+from mera_ds.media.errors import Unusable
+from mera_ds.media.video import VIDEO_CONTAINERS, sample_frames, video_codec
+from mera_ds.media.webp import encode_frames
 from mera_ds.shards.format import ShardIndex, Text
 from mera_ds.shards.reader import ShardReader
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 IMAGE_TYPES = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "gif": "gif", "webp": "webp"}
 AUDIO_TYPES = {"wav": "wav", "flac": "flac", "mp3": "mpeg", "ogg": "ogg"}
 VIDEO_TYPES = {"mp4": "mp4", "webm": "webm"}
+PLAYED_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d")
+"""Codecs that the usual browsers play (hevc: some of them)."""
+FRAMES = 4
+"""Of other videos so many frames are shown, as a moving picture."""
 MAX_POINTS = 2048
-"""A larger point cloud is thinned out for the page."""
+"""A larger point cloud, or a longer series, is thinned out for the page."""
+MAX_CURVES = 16
 
 
 def preview(folder: Path, count: int) -> str:
@@ -40,7 +52,7 @@ def write_html(folders: Sequence[Path], out: Path, count: int) -> None:
     """Write one self-contained page with `count` samples of each folder: media and texts.
 
     Pictures, sounds and videos are played by the browser, `npy` point clouds are drawn and can
-    be turned with the mouse or the arrow keys.
+    be turned with the mouse or the arrow keys; other `npy` media are drawn as curves.
 
     Raises:
         InputError: one of the folders is no complete shard folder.
@@ -114,12 +126,14 @@ def _card(reader: ShardReader, position: int) -> str:
     name = f"{reader.folder}: {sample.key}.{sample.extension}"
     texts = reader.read_texts(position)
     label = html.escape(next((t.answers[0] for t in texts if t.answers), sample.concept))
-    medium = _medium(sample.extension, reader.read_media(position), label, name)
+    content = reader.read_media(position)
+    if sample.extension == "npy" and reader.index.modality != "pointcloud":
+        medium = _curves(content, label, name)
+    else:
+        medium = _medium(sample.extension, content, label, name)
     rows = "".join(_text_row(text) for text in texts)
-    return (
-        f'<article>{medium}<p class="key">{html.escape(sample.key)} · '
-        f"{html.escape(sample.concept)}</p><dl>{rows}</dl></article>"
-    )
+    names = html.escape(" · ".join(dict.fromkeys((sample.key, sample.concept))))
+    return f'<article>{medium}<p class="key">{names}</p><dl>{rows}</dl></article>'
 
 
 def _text_row(text: Text) -> str:
@@ -130,14 +144,12 @@ def _text_row(text: Text) -> str:
 
 def _medium(extension: str, content: bytes, label: str, name: str) -> str:
     if extension in IMAGE_TYPES:
-        url = _data_url(f"image/{IMAGE_TYPES[extension]}", content)
-        return f'<img src="{url}" alt="{label}">'
+        return _picture(IMAGE_TYPES[extension], content, label)
     if extension in AUDIO_TYPES:
         url = _data_url(f"audio/{AUDIO_TYPES[extension]}", content)
         return f'<audio controls src="{url}" aria-label="{label}"></audio>'
-    if extension in VIDEO_TYPES:
-        url = _data_url(f"video/{VIDEO_TYPES[extension]}", content)
-        return f'<video controls loop muted src="{url}" aria-label="{label}"></video>'
+    if extension in VIDEO_CONTAINERS:
+        return _video(extension, content, label)
     if extension == "npy":
         points = json.dumps(_points(content, name), separators=(",", ":"))
         return (
@@ -147,18 +159,63 @@ def _medium(extension: str, content: bytes, label: str, name: str) -> str:
     return f'<p class="none">{html.escape(extension)}, {len(content)} bytes (no preview)</p>'
 
 
+def _picture(kind: str, content: bytes, label: str) -> str:
+    return f'<img src="{_data_url(f"image/{kind}", content)}" alt="{label}">'
+
+
+def _video(extension: str, content: bytes, label: str) -> str:
+    """Return a player, or a few frames where browsers don't play such a file."""
+    codec = video_codec(content, extension)
+    if extension in VIDEO_TYPES and codec in PLAYED_CODECS:
+        url = _data_url(f"video/{VIDEO_TYPES[extension]}", content)
+        return f'<video controls loop muted src="{url}" aria-label="{label}"></video>'
+    what = f"{extension} video, {codec or 'unknown codec'}"
+    try:
+        frames = sample_frames(content, extension, FRAMES)
+        picture = _picture("webp", encode_frames(frames), label)
+    except (Unusable, ValueError) as error:
+        return f'<p class="none">{html.escape(f"{what}: not playable ({error})")}</p>'
+    note = f"{what}: browsers don't play it; shown as {len(frames)} frames"
+    return f'{picture}<p class="none">{html.escape(note)}</p>'
+
+
 def _data_url(media_type: str, content: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+def _read_npy(content: bytes, name: str) -> "NDArray[Any]":
+    import numpy as np
+
+    try:
+        array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{name} is no readable npy file ({error}); rebuild the folder") from None
+    return array
+
+
+def _curves(content: bytes, label: str, name: str) -> str:
+    """Return a drawing of a series (T,) or (T, channels); of anything else, its shape."""
+    array = _read_npy(content, name)
+    series = array[:, None] if array.ndim == 1 else array
+    if series.ndim != 2 or not 0 < series.shape[1] <= MAX_CURVES or series.dtype.kind not in "fiu":
+        shape = html.escape(f"npy, {array.dtype} {array.shape}")
+        return f'<p class="none">{shape} (no preview)</p>'
+    shown = series[:: -(-len(series) // MAX_POINTS) or 1].astype(float)
+    span = float(shown.max(initial=0.0) - shown.min(initial=0.0)) or 1.0
+    across = 320 / max(len(shown) - 1, 1)
+    lines = []
+    for number, channel in enumerate((158 - 156 * (shown - shown.min(initial=0.0)) / span).T):
+        points = " ".join(f"{across * step:.1f},{up:.1f}" for step, up in enumerate(channel))
+        colour = f"hsl({360 * number // series.shape[1]} 70% 50%)"
+        lines.append(f'<polyline fill="none" stroke="{colour}" points="{points}"></polyline>')
+    return f'<svg viewBox="0 0 320 160" role="img" aria-label="{label}">{"".join(lines)}</svg>'
 
 
 def _points(content: bytes, name: str) -> list[list[float]]:
     """Return x, y, z in -1 .. 1 (and r, g, b in 0 .. 1) of a point cloud's points."""
     import numpy as np
 
-    try:
-        points = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{name} is no readable npy file ({error}); rebuild the folder") from None
+    points = _read_npy(content, name)
     if points.ndim != 2 or points.shape[1] not in (3, 6) or not len(points):
         raise DataError(f"{name} has the shape {points.shape}, expected (points, 3 or 6)")
     if points.dtype.kind not in "fiu" or not np.isfinite(points).all():
@@ -180,7 +237,7 @@ h2 { font-size: 1.05rem; margin: 2.5rem 0 .3rem; }
   overflow-wrap: anywhere; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
 article { border: 1px solid var(--line); border-radius: 8px; padding: .75rem; }
-img, video, canvas { background: #8881; border-radius: 4px; display: block; height: 10rem;
+img, video, canvas, svg { background: #8881; border-radius: 4px; display: block; height: 10rem;
   image-rendering: pixelated; margin: auto; max-width: 100%; object-fit: contain; }
 canvas { aspect-ratio: 1; cursor: grab; touch-action: none; }
 audio { width: 100%; }

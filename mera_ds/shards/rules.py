@@ -1,8 +1,16 @@
 """Which samples may stand in a shard folder. The writer refuses others, lint names them."""
 
 import re
+from collections.abc import Iterable, Sequence
 
 from mera_ds.shards.format import MAX_MEMBER_BYTES, TASKS, Choices, Text
+
+IDS_FILE = "ids.txt"
+"""Beside an index: the samples of the folder, a line each: key, `#`, id of the text."""
+LEFT_OUT_FILE = "left_out.txt"
+"""Beside an index: media of the source that are not in the folder, and why."""
+SIDE_FILES = (IDS_FILE, LEFT_OUT_FILE)
+"""What may lie beside an index; its recipe lists them under `files`, with their hashes."""
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
 _EXTENSION = re.compile(r"[a-z0-9]{1,8}")
@@ -49,3 +57,15 @@ def _text_problems(text: Text, choices: Choices) -> list[str]:
     if closed is not None and text.answers and text.answers[0] not in closed:
         problems.append(f"the answer {text.answers[0]!r} is not one of the index's choices")
     return problems
+
+
+def id_lines(media: Iterable[tuple[str, Sequence[Text]]]) -> str:
+    """Return the content of `IDS_FILE` for keys and texts of the media of a folder."""
+    return "".join(f"{key}#{text.id}\n" for key, texts in media for text in texts)
+
+
+def texts_per_medium(media: Iterable[Sequence[Text]]) -> dict[str, list[int]]:
+    """Return the least and the largest number of texts of each task that a medium has."""
+    counts = [[sum(text.task == task for text in texts) for task in TASKS] for texts in media]
+    columns = list(zip(*counts, strict=True)) or [(0,) for _ in TASKS]
+    return {task: [min(column), max(column)] for task, column in zip(TASKS, columns, strict=True)}

@@ -10,63 +10,41 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from mera_ds.errors import DataError, InputError
 from mera_ds.files import (
-    TEMPORARY,
     failpoint,
     folder_lock,
-    full_disk_is_an_error,
     read_json,
     remove_temporaries,
     require_space,
     sha256_file,
     sha256_json,
-    sync_folder,
     write_bytes,
 )
 from mera_ds.shards.format import (
-    BLOCK,
     INDEX_NAME,
     Choices,
     SampleInfo,
     ShardIndex,
     ShardInfo,
-    Text,
     count_samples,
     hash_keys,
     index_bytes,
     index_json,
-    member_header,
-    padding,
     parse_shard,
     read_index,
     record_bytes,
-    shard_json,
 )
-from mera_ds.shards.rules import sample_problems
+from mera_ds.shards.rules import SIDE_FILES, sample_problems
+from mera_ds.shards.tars import BUILDING, RawSample, TarWriter, members_size, record_path
 
-BUILDING = ".building"
+__all__ = ["DEFAULT_SHARD_BYTES", "RawSample", "SampleSource", "write_shards"]
+
 DEFAULT_SHARD_BYTES = 256 << 20
-_RECORD = 20 * BLOCK
-"""Tars are padded to this size, as `tar` itself does."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawSample:
-    """A medium as it stands in the source, with all its texts."""
-
-    key: str
-    extension: str
-    media: bytes
-    concept: str
-    source: str
-    texts: tuple[Text, ...]
-
 
 SampleSource: TypeAlias = RawSample | Callable[[], RawSample]
 """A sample, or a function that reads it when its turn comes."""
@@ -81,6 +59,7 @@ class _Plan:
     """The index without shards and counts."""
     samples: Sequence[SampleSource]
     shard_bytes: int
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -99,13 +78,15 @@ def write_shards(
     choices: Choices | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     readers: int = 1,
+    files: Mapping[str, str] | None = None,
 ) -> ShardIndex:
     """Write `samples` in their order as the shard folder `folder`, and return its index.
 
     A complete folder of the same content is verified and kept; after a kill the finished tars
     are verified and kept. Samples given as functions aren't called for that: `recipe` must hold
     all they depend on (names, sizes or hashes of the source files, version, filters). `readers`
-    threads call them ahead of the writing; the result doesn't depend on their number.
+    threads call them ahead of the writing; the result doesn't depend on their number. `files`
+    (name -> text, see `rules.SIDE_FILES`) come to lie beside the index, and their hashes in it.
 
     Raises:
         InputError: there is no sample, or a size is not positive.
@@ -120,6 +101,10 @@ def write_shards(
     if choices and set(choices) != {"qa"}:
         raise InputError(f"choices are for the task qa only, not for {sorted(choices)}")
     closed = choices["qa"] if choices else None
+    files = files or {}
+    if files:
+        hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+        recipe = {**recipe, "files": hashes}
     head = ShardIndex(
         dataset=dataset,
         split=split,
@@ -131,7 +116,7 @@ def write_shards(
         id_list_sha256="",
         shards=(),
     )
-    plan = _Plan(folder, head, samples, shard_bytes)
+    plan = _Plan(folder, head, samples, shard_bytes, files)
     _refuse_bad_samples(plan)
     with folder_lock(folder / BUILDING):
         remove_temporaries(folder)
@@ -139,10 +124,12 @@ def write_shards(
         if index is None:
             (folder / INDEX_NAME).unlink(missing_ok=True)
             index = _index(plan, _write_missing(plan, _finished_shards(plan), readers))
+            for name, text in files.items():
+                write_bytes(folder / name, text.encode())
             failpoint("shards.before_index")
             write_bytes(folder / INDEX_NAME, index_bytes(index))
             failpoint("shards.index_written")
-        _remove_others(folder, {shard.name for shard in index.shards})
+        _remove_others(folder, {*files, *(shard.name for shard in index.shards)})
     return index
 
 
@@ -185,6 +172,10 @@ def _complete_index(plan: _Plan) -> ShardIndex | None:
         return None
     if len(index.samples) != len(plan.samples) or not _cut_at(index.shards, plan.shard_bytes):
         return None
+    for name, text in plan.files.items():
+        path = plan.folder / name
+        if not path.is_file() or path.read_bytes() != text.encode():
+            return None
     start = 0
     for shard in index.shards:
         if not _holds(plan, shard, start):
@@ -211,7 +202,7 @@ def _finished_shards(plan: _Plan) -> list[ShardInfo]:
     """Return the leading tars that an interrupted build of the same plan finished."""
     finished: list[ShardInfo] = []
     start = 0
-    while (path := _record_path(plan.folder, len(finished))).exists():
+    while (path := record_path(plan.folder, len(finished))).exists():
         record = read_json(path)
         if record["plan"] != plan.fingerprint:
             break
@@ -251,7 +242,7 @@ def _is_stored(sample: RawSample, info: SampleInfo, file: BinaryIO) -> bool:
 def _write_missing(plan: _Plan, shards: list[ShardInfo], readers: int) -> list[ShardInfo]:
     """Write the tars that follow `shards`; return all of them."""
     place = {sample.key: shard.name for shard in shards for sample in shard.samples}
-    tar: _Tar | None = None
+    tar: TarWriter | None = None
     try:
         for sample in _loaded(plan.samples[len(place) :], readers):
             if problems := _problems(plan, sample):
@@ -262,10 +253,10 @@ def _write_missing(plan: _Plan, shards: list[ShardInfo], readers: int) -> list[S
                     f"{place[sample.key]}; the second comes from {sample.source}"
                 )
             record = record_bytes(sample.key, sample.concept, sample.source, sample.texts)
-            if tar and tar.used + _members_size(len(sample.media), len(record)) > plan.shard_bytes:
+            if tar and tar.used + members_size(len(sample.media), len(record)) > plan.shard_bytes:
                 shards.append(tar.finish(plan.fingerprint))
                 tar = None
-            tar = tar or _Tar(plan.folder, len(shards))
+            tar = tar or TarWriter(plan.folder, len(shards))
             place[sample.key] = tar.path.name
             tar.add(sample, record)
         if tar:
@@ -291,85 +282,8 @@ def _load(sample: SampleSource) -> RawSample:
     return sample if isinstance(sample, RawSample) else sample()
 
 
-def _members_size(media_size: int, json_size: int) -> int:
-    return 2 * BLOCK + sum(size + padding(size) for size in (media_size, json_size))
-
-
 def _stored_size(sample: SampleInfo) -> int:
-    return _members_size(sample.media_size, sample.json_size)
-
-
-class _Tar:
-    """One tar being written under a temporary name."""
-
-    def __init__(self, folder: Path, number: int) -> None:
-        self.path = folder / f"{number:05d}.tar"
-        self.used = 0
-        self._number = number
-        self._temporary = self.path.with_name(f"{self.path.name}{TEMPORARY}-{os.getpid()}")
-        self._file = self._temporary.open("wb")
-        self._hash = hashlib.sha256()
-        self._samples: list[SampleInfo] = []
-
-    def add(self, sample: RawSample, record: bytes) -> None:
-        """Append the two members of a sample."""
-        with full_disk_is_an_error(self.path):
-            media_offset = self._add_member(f"{sample.key}.{sample.extension}", sample.media)
-            failpoint("shards.in_tar")
-            json_offset = self._add_member(f"{sample.key}.json", record)
-        self._samples.append(
-            SampleInfo(
-                key=sample.key,
-                concept=sample.concept,
-                extension=sample.extension,
-                media_offset=media_offset,
-                media_size=len(sample.media),
-                json_offset=json_offset,
-                json_size=len(record),
-                texts=tuple(text.info for text in sample.texts),
-            )
-        )
-
-    def finish(self, plan: str) -> ShardInfo:
-        """Give the tar its final name, and record that it is finished."""
-        with full_disk_is_an_error(self.path):
-            end = self.used + 2 * BLOCK
-            self._write(bytes(2 * BLOCK + padding(end, _RECORD)))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            failpoint("shards.tar_written")
-            self._temporary.replace(self.path)
-            sync_folder(self.path.parent)
-        failpoint("shards.tar_renamed")
-        shard = ShardInfo(self.path.name, self.used, self._hash.hexdigest(), tuple(self._samples))
-        record = {"plan": plan, "shard": shard_json(shard)}
-        content = json.dumps(record, separators=(",", ":")).encode()
-        write_bytes(_record_path(self.path.parent, self._number), content)
-        failpoint("shards.tar_recorded")
-        return shard
-
-    def discard(self) -> None:
-        """Close and remove what has not become a finished tar."""
-        with suppress(OSError):  # a full disk refuses the buffered rest once more
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _add_member(self, name: str, payload: bytes) -> int:
-        self._write(member_header(name, len(payload)))
-        offset = self.used
-        self._write(payload)
-        self._write(bytes(padding(len(payload))))
-        return offset
-
-    def _write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._hash.update(content)
-        self.used += len(content)
-
-
-def _record_path(folder: Path, number: int) -> Path:
-    return folder / BUILDING / f"{number:05d}.json"
+    return members_size(sample.media_size, sample.json_size)
 
 
 def _index(plan: _Plan, shards: Sequence[ShardInfo]) -> ShardIndex:
@@ -389,8 +303,8 @@ def _index(plan: _Plan, shards: Sequence[ShardInfo]) -> ShardIndex:
 
 
 def _remove_others(folder: Path, names: set[str]) -> None:
-    """Remove tars of an earlier, longer build, and the records of this one."""
-    for path in folder.glob("*.tar"):
+    """Remove what an earlier build of other samples left, and the records of this one."""
+    for path in [*folder.glob("*.tar"), *(folder / name for name in SIDE_FILES)]:
         if path.name not in names:
-            path.unlink()
+            path.unlink(missing_ok=True)
     shutil.rmtree(folder / BUILDING)

@@ -16,7 +16,7 @@ from mera_ds.data.replay import replay_sample
 from mera_ds.distributed import World, main_rank_first, process_group
 from mera_ds.features import ENCODE_BATCH, open_data
 from mera_ds.files import write_json
-from mera_ds.identity import base_sha256, product_key
+from mera_ds.identity import base_sha256, product_key, used_plugins
 from mera_ds.log import Metrics, logger
 from mera_ds.merge.fisher import marginals_from_moments
 from mera_ds.model.backbone import load_tokenizer
@@ -25,6 +25,7 @@ from mera_ds.model.connectors import Connector
 from mera_ds.model.mllm import MultimodalLM
 from mera_ds.model.trainable import set_trainable
 from mera_ds.plan import LORA, DataPart, Plan, TrainStep, connector_set
+from mera_ds.train.contract import check_token_counts
 from mera_ds.train.engine import Engine
 from mera_ds.train.loop import Phase, train_phase
 from mera_ds.train.schedule import peak_rates
@@ -63,7 +64,8 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
     modalities = [part.modality for part in step.data]
     settings = config.phase(step.phase)
     encoders = build_encoders(config, run, modalities)
-    prompts = PromptBuilder(config.prompt, load_tokenizer(resolve_path(config.backbone.path, run)))
+    tokenizer = load_tokenizer(resolve_path(config.backbone.path, run))
+    prompts = PromptBuilder(config.prompt, tokenizer, step.phase)
     mixture = {}
     fingerprints = {}
     for part in step.data:
@@ -77,6 +79,7 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
     move_to(model, encoders, world.device)
     if connector_set(step.modality) in step.trainable and step.phase == "align":
         fit_connector(model, mixture[step.modality], step.modality)
+    check_token_counts(model, mixture, config.prompt.max_length)
     model.train()
     sets = set_trainable(model, step.trainable)
     folder = _checkpoint_folder(run, step)
@@ -135,16 +138,9 @@ def _mixture_part(
     """Return a modality's units, all of them or the replay sample."""
     units = data.units(tasks)
     if part.percent < 100:
-        ids = [data.unit_id(unit) for unit in units]
-        names = [data.task(unit) for unit in units]
-        kept = replay_sample(ids, names, part.percent, seed)
-        units = [units[position] for position in kept]
-    return MixturePart(
-        reader,
-        units,
-        [data.length(unit) for unit in units],
-        [data.unit_id(unit) for unit in units],
-    )
+        kept = replay_sample(data.ids(units), data.tasks(units), part.percent, seed)
+        units = units.take(kept)
+    return MixturePart(reader, units, data.lengths(units), data.ids(units))
 
 
 def _rate_scales(config: RunConfig) -> dict[str, float]:
@@ -225,6 +221,7 @@ def _write(
             "seed": config.seed,
             "phase": step.phase,
             "data": dict(fingerprints),
+            "plugins": used_plugins(config, fingerprints),
         },
     )
     logger.info("%s: model %s in %s", step.name, manifest.model_sha256[:12], run / step.output)

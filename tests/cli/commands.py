@@ -89,7 +89,8 @@ def succeed(command: str, folder: Path, **variables: str) -> Ended:
 def workplace(folder: Path) -> Path:
     """Return a folder in which commands find what they find in the repository."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "launch").symlink_to(REPOSITORY / "launch")
+    for name in ("launch", "examples"):
+        (folder / name).symlink_to(REPOSITORY / name)
     return folder
 
 

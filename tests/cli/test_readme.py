@@ -1,6 +1,7 @@
 """Every command that the README prints, as printed, with real processes and the profile `tiny`.
 
-The block that compares two runs is executed in `tests/test_end_to_end.py`.
+The block that compares two runs is executed in `tests/test_end_to_end.py`, that on a modality of
+one's own in `tests/test_fifth_modality.py`.
 """
 
 import shlex
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes.sources import write_okvqa
 from torch import Tensor
 
 from mera_ds.checkpoint import load_connector, load_delta, read_manifest
+from mera_ds.config import load_config
 from mera_ds.shards.lint import lint
 
 from .commands import (
@@ -21,6 +24,7 @@ from .commands import (
     readme_block,
     readme_blocks,
     readme_inline,
+    run,
     succeed,
     workplace,
 )
@@ -31,8 +35,12 @@ INSTALL = "python3.11 -m venv"
 STEPS = "mera-ds init --profile tiny"
 TWO_RUNS = "mera-ds init runs/tiny/expert"
 SHARDS = "mera-ds shards build tiny"
+PUBLISHED = "mera-ds shards build okvqa"
 MERGE = "python launch/merge.py --previous"
 LINEAGE = "mera-ds lineage show"
+OWN_MODALITY = "cp -r examples/imu"
+PAPER = "mera-ds doctor --profile a6000-fp16"
+ANOTHER_BACKBONE = "mera-ds init runs/qwen"
 ANOTHER_ORDER = "mera-ds init runs/r1"
 ZERO_3 = "torchrun --nproc-per-node 2 launch/stage.py"
 ONE_MODALITY = (
@@ -53,17 +61,34 @@ def inline(first: str) -> str:
 
 
 def test_no_block_is_untested() -> None:
-    first = (FIRST_SCREEN, LAUNCHERS, INSTALL, STEPS, TWO_RUNS, SHARDS, MERGE, LINEAGE)
+    first = (
+        *(FIRST_SCREEN, LAUNCHERS, INSTALL, STEPS, TWO_RUNS, SHARDS, PUBLISHED),
+        *(OWN_MODALITY, MERGE, PAPER, LINEAGE),
+    )
     assert [block[0] for block in readme_blocks() if not block[0].startswith(first)] == []
 
 
 def test_no_command_in_the_text_is_untested() -> None:
     """What is not executed here needs the network, or is named without its arguments."""
-    executed = (ANOTHER_ORDER, ZERO_3)
-    named = ("make ", "mera-ds plan", "mera-ds run RUN…", "pip install -e '.[flash]'")
-    named += ("mera-ds lineage reweight RUN --method NAME",)
-    fetching = ("mera-ds pocket fetch", "mera-ds shards build pocket --source")
-    known = executed + named + fetching
+    executed = (ANOTHER_ORDER, ANOTHER_BACKBONE, ZERO_3)
+    named = (
+        "make ",
+        "mera-ds plan",
+        "mera-ds doctor",
+        "mera-ds run RUN…",
+        "mera-ds add",
+        "mera-ds lineage reweight RUN --method NAME",
+    )
+    fetching = (
+        "mera-ds pocket fetch",
+        "mera-ds shards build pocket --source",
+        "pip install -e '.[flash]'",
+    )
+    elsewhere = (  # in test_shards.py and tests/shards/test_corruption.py
+        "mera-ds shards lint --run RUN",
+        "mera-ds shards lint DIR --quarantine",
+    )
+    known = executed + named + fetching + elsewhere
     assert [command for command in readme_inline() if not command.startswith(known)] == []
 
 
@@ -97,6 +122,13 @@ def test_shard_commands(tmp_path: Path) -> None:
     assert "image-red-square" in page
 
 
+def test_published_dataset(tmp_path: Path) -> None:
+    write_okvqa(tmp_path / "downloads/okvqa")
+    for command in readme_block(PUBLISHED):
+        succeed(command, tmp_path)
+    assert lint(tmp_path / "data/okvqa/train") == []
+
+
 def test_merging_two_folders(tiny_template: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -122,6 +154,34 @@ def test_overrides_when_a_run_is_made(tmp_path: Path) -> None:
     plan = succeed("mera-ds plan runs/r1", tmp_path).output
     assert "pointcloud → audio → video → image" in plan.splitlines()[0]
     assert "1 % of pointcloud" in plan
+
+
+@pytest.mark.slow
+def test_the_papers_model_without_its_files(tmp_path: Path) -> None:
+    """Weights and datasets are missing here, so every command must say so, and the plan stand."""
+    variables = {
+        "MERA_WEIGHTS": str(tmp_path / "weights"),
+        "MERA_SHARDS": str(tmp_path / "shards"),
+        "HOME": str(tmp_path),
+    }
+    doctor, build, init, plan, execute = readme_block(PAPER)
+    checked = run(doctor, tmp_path, **variables)
+    assert checked.status == 2
+    assert "things are missing or wrong" in checked.message
+    assert "meta-llama/Meta-Llama-3-8B-Instruct" in checked.output
+    built = run(build, tmp_path, **variables)
+    assert built.status == 2
+    assert f"--source {tmp_path}/datasets/coco is not a folder" in built.message
+    succeed(init, tmp_path, **variables)
+    lines = succeed(plan, tmp_path, **variables).output.splitlines()
+    assert len(lines) == 1 + 3 + 3 * 5 + 1
+    assert "files are missing: run 'mera-ds doctor runs/paper'" in lines[-1]
+    refused = run(execute, tmp_path, **variables)
+    assert refused.status == 2
+    assert str(tmp_path / "weights/Meta-Llama-3-8B-Instruct") in refused.message
+    succeed(inline(ANOTHER_BACKBONE), tmp_path, **variables)
+    config = load_config(tmp_path / "runs/qwen")
+    assert config.backbone.path == "~/models/qwen"
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from mera_ds.data.prompts import PromptBuilder
 from mera_ds.errors import DataError, InputError
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.shards.format import Text
+from mera_ds.shards.reader import Reading
 from mera_ds.shards.writer import RawSample, write_shards
 
 CONFIG = ModalityConfig(
@@ -87,7 +88,7 @@ def test_units_are_the_texts_of_the_tasks_in_the_order_of_the_shards(folders: li
         "few/k1#0",
     ]
     assert [data.unit_id(unit) for unit in data.units(["caption"])] == ["many/k1#0", "many/k1#1"]
-    assert data.units([]) == []
+    assert list(data.units([])) == []
 
 
 def test_task_length_and_dataset_are_known_from_the_index(folders: list[Path]) -> None:
@@ -176,6 +177,13 @@ class TestFaults:
         content = tar.read_bytes()
         assert content.count(b'["cat","a cat","pet"]') == 1
         tar.write_bytes(content.replace(b'["cat","a cat","pet"]', b'["a cat","cat","pet"]'))
-        data = ModalityData("image", folders[1:], "train")
+        data = ModalityData("image", folders[1:], "train", Reading(verify=False))
         with pytest.raises(DataError, match=r"k1\.json: its texts are not those in the index"):
+            data.text(data.units(["qa"])[0])
+
+    def test_before_that_the_tar_is_compared_with_its_hash(self, folders: list[Path]) -> None:
+        tar = folders[1] / "train" / "00000.tar"
+        tar.write_bytes(tar.read_bytes().replace(b'"a cat","pet"', b'"a cab","pet"'))
+        data = ModalityData("image", folders[1:], "train")
+        with pytest.raises(DataError, match=r"00000\.tar: its bytes 0 to 10240 don't have the"):
             data.text(data.units(["qa"])[0])

@@ -1,6 +1,8 @@
 """The loader: the same steps for any number of ranks and workers, from any step on."""
 
 import dataclasses
+import os
+import signal
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -10,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mera_ds.batch import Batch
+from mera_ds.batch import Batch, Sample
 from mera_ds.config import load_config
-from mera_ds.data.dataset import TRAIN, ModalityData, UnitReader, UnitRef
-from mera_ds.data.loader import LoaderSettings, MixturePart, StepLoader
+from mera_ds.data.dataset import TRAIN, MediaCache, ModalityData, UnitReader, UnitRef
+from mera_ds.data.loader import LoaderSettings, MixturePart, StepLoader, _pack
 from mera_ds.data.prompts import PromptBuilder
-from mera_ds.errors import InputError
+from mera_ds.errors import DataError, InputError, RankError
 from mera_ds.identity import data_folders
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.build import build_encoders
@@ -165,3 +167,76 @@ def test_data_without_a_text_is_an_error(mixture: Mixture) -> None:
         loader({**mixture, "audio": nothing})
     with pytest.raises(InputError, match="no training text for any modality"):
         loader({})
+
+
+class Failing:
+    """A reader that fails at its first sample: by an error, or by its process's death."""
+
+    def __init__(self, kill: bool) -> None:
+        self.kill = kill
+
+    def read(self, unit: UnitRef) -> Sample:
+        if self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise DataError(f"set/train: medium {unit.medium} is broken")
+
+
+def failing(mixture: Mixture, kill: bool) -> Mixture:
+    reader: Any = Failing(kill)
+    return {"image": dataclasses.replace(mixture["image"], reader=reader)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_arrives_as_it_was_raised(mixture: Mixture, workers: int) -> None:
+    with pytest.raises(DataError) as caught:
+        next(loader(failing(mixture, kill=False), workers=workers).batches(0))
+    assert str(caught.value).startswith("set/train: medium ")
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_killed_loader_process_is_an_error(mixture: Mixture) -> None:
+    with pytest.raises(RankError, match="a loader process died while steps 3 to 6 were read"):
+        next(loader(failing(mixture, kill=True), workers=2).batches(3))
+
+
+def test_all_worlds_and_workers_give_each_pair_once(mixture: Mixture) -> None:
+    whole = [name for _, step in loader(mixture, epochs=1).batches(0) for name in counted(step)]
+    for world, workers in ((2, 1), (3, 2), (4, 0)):
+        ranks = [
+            list(loader(mixture, epochs=1, rank=rank, world=world, workers=workers).batches(0))
+            for rank in range(world)
+        ]
+        found = [name for rank in ranks for _, step in rank for name in counted(step)]
+        assert sorted(found) == sorted(whole)
+        assert len(set(found)) == len(found)
+
+
+def test_a_medium_is_decoded_once_for_all_its_texts() -> None:
+    decoded = []
+
+    def load(unit: UnitRef) -> Tensor:
+        decoded.append(unit.medium)
+        return torch.full((100,), float(unit.medium))
+
+    media = MediaCache(load, limit=1000)  # two media
+    for medium in (0, 0, 1, 0, 1, 2, 0, 2, 1):
+        assert media(UnitRef(0, medium, 0))[0] == medium
+    assert decoded == [0, 1, 2, 0, 1]
+    small = MediaCache(load, limit=10)
+    assert small(UnitRef(0, 7, 0))[0] == 7
+
+
+def test_a_step_carries_no_more_than_its_media(mixture: Mixture) -> None:
+    """A row of cached features is a view; the features of its whole tar must stay at home."""
+    store = torch.arange(1_000_000.0).view(1000, 1000)
+    samples = tuple(
+        Sample(f"s{row}", "image", (1,), (2,), (3,), store[row % 2], encoded=True)
+        for row in range(6)
+    )
+    packed = _pack([Batch(samples[:4], (True,) * 4), Batch(samples[4:], (True, False))])
+    assert [buffer.numel() for buffer in packed.buffers.values()] == [2000]
+    found = packed.batches()
+    assert [batch.counted for batch in found] == [(True,) * 4, (True, False)]
+    for sample, expected in zip([s for b in found for s in b.samples], samples, strict=True):
+        assert sample.id == expected.id
+        assert torch.equal(sample.media, expected.media)

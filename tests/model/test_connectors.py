@@ -1,5 +1,6 @@
 """Connectors: shapes, masks, scale, gradients, and starting from a BERT."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,67 @@ def test_mlp_is_linear_gelu_linear() -> None:
     assert torch.allclose(connector(values, full_mask(2, 3)), expected, atol=1e-5)
 
 
+def layer(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def blip2_shapes() -> dict[str, tuple[int, ...]]:
+    """Return the tensors of BLIP-2's Q-Former on features of width 768."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    norms = ["layernorm"]
+    for number in range(12):
+        block = f"encoder.layer.{number}"
+        for name in ["attention"] + ["crossattention"] * (number % 2 == 0):
+            for part in ("query", "key", "value"):
+                shapes |= layer(f"{block}.{name}.attention.{part}", 768, 768)
+            shapes |= layer(f"{block}.{name}.output.dense", 768, 768)
+            norms.append(f"{block}.{name}.output.LayerNorm")
+        shapes |= layer(f"{block}.intermediate_query.dense", 3072, 768)
+        shapes |= layer(f"{block}.output_query.dense", 768, 3072)
+        norms.append(f"{block}.output_query.LayerNorm")
+    return shapes | {f"{name}.{part}": (768,) for name in norms for part in ("weight", "bias")}
+
+
 def test_default_qformer_is_blip2s() -> None:
-    torch.manual_seed(0)
-    connector = build_connector("qformer", {}, 768, 4096)
-    qformer = {name: p for name, p in connector.named_parameters() if name.startswith("qformer.")}
+    with torch.device("meta"):
+        connector = build_connector("qformer", {}, 768, 4096)
+    parameters = dict(connector.named_parameters())
+    qformer = {name: p for name, p in parameters.items() if name.startswith("qformer.")}
+    shapes = {name.removeprefix("qformer."): tuple(p.shape) for name, p in qformer.items()}
+    assert shapes == blip2_shapes()
     assert len(qformer) == 254
     assert sum(value.numel() for value in qformer.values()) == 99_239_424
+    others = {name: tuple(p.shape) for name, p in parameters.items() if name not in qformer}
+    assert others == {
+        "queries": (1, 32, 768),
+        "project.weight": (4096, 768),
+        "project.bias": (4096,),
+    }
     assert connector.num_tokens(248) == 32
+
+
+def test_what_bert_does_not_give_is_drawn_as_bert_was(tmp_path: Path) -> None:
+    options = {"num_queries": 32, "hidden": 128, "layers": 2, "heads": 4}
+    connector: Any = build("qformer", options)
+    assert connector.queries.std().item() == pytest.approx(0.02, rel=0.05)
+    for name, value in connector.qformer.named_parameters():
+        if "LayerNorm" in name or "layernorm" in name:
+            assert torch.equal(value, torch.ones(128) * name.endswith("weight"))
+        elif name.endswith("bias"):
+            assert not value.any()
+        else:
+            assert value.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_qformer_works_in_half_precision(precision: torch.dtype) -> None:
+    connector = build("qformer", SMALL_QFORMER | {"norm": "layer"}).eval()
+    values, mask = features(2, 6), full_mask(2, 6)
+    mask[1, 2:] = False
+    expected = connector(values, mask)
+    tokens = connector.to(precision)(values.to(precision), mask)
+    assert tokens.dtype == precision
+    assert torch.nn.functional.cosine_similarity(tokens.float(), expected, dim=-1).min() > 0.99
 
 
 @pytest.fixture
@@ -165,15 +220,26 @@ def published_names(model: BertModel) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("as_folder", [True, False])
-def test_qformer_starts_from_bert(bert: tuple[BertModel, Path], as_folder: bool) -> None:
+def save_bert(model: BertModel, folder: Path, layout: str) -> Path:
+    """Write a BERT in one of the published layouts; return what a connector is given."""
+    if layout == "newer names":
+        save_file(model.state_dict(), folder / "model.safetensors")
+    elif layout == "torch":
+        others = {"cls.predictions.bias": torch.ones(50)}
+        torch.save(published_names(model) | others, folder / "pytorch_model.bin")
+    else:
+        save_file(published_names(model), folder / "model.safetensors")
+    return folder / "model.safetensors" if layout == "file" else folder
+
+
+@pytest.mark.parametrize("layout", ["folder", "file", "newer names", "torch"])
+def test_qformer_starts_from_bert(bert: tuple[BertModel, Path], layout: str) -> None:
     model, folder = bert
-    path = folder / "model.safetensors"
-    save_file(published_names(model), path)
+    path = save_bert(model, folder, layout)
     # Layers 1 and 2 of the connector have no cross-attention, so without the first layer's it is
     # the BERT's own encoder.
     options = SMALL_QFORMER | {"cross_attention_frequency": 3}
-    connector: Any = build("qformer", options, folder if as_folder else path).eval()
+    connector: Any = build("qformer", options, path).eval()
     connector.qformer.encoder.layer[0].crossattention = PassThrough()
     hidden = connector.qformer(
         query_embeds=features(2, 5)[..., :16], encoder_hidden_states=features(2, 6)
@@ -208,6 +274,9 @@ def test_bert_of_another_width_is_refused(bert: tuple[BertModel, Path]) -> None:
         ("mlp", {"dept": 2}, "did you mean 'depth'"),
         ("mlp", {"depth": 0}, "depth is 0"),
         ("mlp", {"output_rms": -1.0}, "output_rms"),
+        ("mlp", {"depth": 3, "widths": [8]}, "depth=3 needs 2"),
+        ("mlp", {"widths": [0]}, "widths is 0"),
+        ("mlp", {"hidden": 8, "widths": [8]}, "remove one"),
         ("qformer", {"hidden": 10, "heads": 4}, "multiple of heads=4"),
         ("qformer", {"num_queries": 0}, "num_queries is 0"),
         ("qformer", {"dropout": 1.0}, "dropout"),
@@ -218,14 +287,83 @@ def test_wrong_options_are_refused(kind: str, options: dict[str, Any], message: 
         build(kind, options)
 
 
-def test_unwanted_or_missing_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="takes no weights"):
-        build("mlp", {}, tmp_path)
+def test_missing_or_broken_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="do not exist"):
+        build("mlp", {}, tmp_path / "nowhere.bin")
     with pytest.raises(InputError, match="do not exist"):
         build("qformer", SMALL_QFORMER, tmp_path / "nowhere.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(DataError, match="not a readable safetensors"):
         build("qformer", SMALL_QFORMER, tmp_path)
+
+
+def projector(widths: list[int]) -> dict[str, Tensor]:
+    """Return the layers of a projector, numbered as LLaVA does."""
+    torch.manual_seed(4)
+    state = {}
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        state[f"{2 * number}.weight"] = torch.randn(outputs, inputs)
+        state[f"{2 * number}.bias"] = torch.randn(outputs)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name"),
+    [
+        ("model.mm_projector.", "mm_projector.bin"),
+        ("base_model.model.model.mm_projector.", "non_lora_trainables.bin"),
+        ("model.mm_projector.", "model.safetensors"),
+        ("mm_projector.", "mm_projector.bin"),
+        ("", "projector.pt"),
+    ],
+)
+def test_mlp_starts_from_llavas_projector(prefix: str, name: str, tmp_path: Path) -> None:
+    state = projector([FEATURE_DIM, LLM_DIM, LLM_DIM])
+    named = {prefix + key: value for key, value in state.items()}
+    if prefix:
+        named["model.embed_tokens.weight"] = torch.ones(2, 2)
+    save = save_file if name.endswith("safetensors") else torch.save
+    save(named, tmp_path / name)
+    connector: Any = build("mlp", {"norm": "layer"}, tmp_path / name)
+    assert connector.layers.state_dict().keys() == state.keys()
+    for key, value in connector.layers.state_dict().items():
+        assert torch.equal(value, state[key])
+    assert all(parameter.requires_grad for parameter in connector.parameters())
+
+
+def test_mlp_starts_from_pointllms_projector(tmp_path: Path) -> None:
+    state = projector([FEATURE_DIM, 10, 20, LLM_DIM])
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({f"model.point_proj.{key}": value for key, value in state.items()}, path)
+    options = {"depth": 3, "widths": [10, 20]}
+    connector: Any = build("mlp", options, path)
+    values = features(2, 3)
+    hidden = values
+    for number in (0, 2, 4):
+        hidden = hidden @ state[f"{number}.weight"].T + state[f"{number}.bias"]
+        hidden = torch.nn.functional.gelu(hidden) if number < 4 else hidden
+    assert torch.allclose(connector(values, full_mask(2, 3)), hidden, rtol=1e-4, atol=1e-3)
+
+
+def test_projectors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mm_projector.bin"
+    state = projector([FEATURE_DIM, LLM_DIM, LLM_DIM])
+
+    def refused(message: str, state: dict[str, Tensor], **options: Any) -> None:
+        torch.save(state, path)
+        with pytest.raises(DataError, match=message):
+            build("mlp", options, path)
+
+    named = {f"model.mm_projector.{key}": value for key, value in state.items()}
+    refused("has no tensor '4.bias'", named, depth=3)
+    refused("holds '2.bias'", named, depth=1)
+    refused(r"'0.bias' has shape \(40,\) instead of \(8,\)", named, hidden=8)
+    refused("holds 'extra'", state | {"extra": torch.ones(1)})
+    refused("more than one 'mm_projector'", named | {"mm_projector.0.bias": torch.ones(LLM_DIM)})
+    refused("not finite", state | {"0.bias": torch.full((LLM_DIM,), float("nan"))})
+    torch.save(named, path)
+    with pytest.raises(InputError, match="output_rms would rescale"):
+        build("mlp", {"output_rms": 0.1}, path)
 
 
 def test_data_norm_standardises_the_channels_and_is_stored_with_the_connector() -> None:

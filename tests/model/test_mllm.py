@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mera_ds.batch import Batch, Sample
 from mera_ds.config import LoraConfig
-from mera_ds.errors import InputError
+from mera_ds.errors import DataError, InputError
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.connectors import build_connector
 from mera_ds.model.encoders import build_encoder
@@ -39,6 +39,7 @@ def tiny_llm(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCaus
         "max_position_embeddings": 128,
         "initializer_range": 0.3,
         "tie_word_embeddings": False,
+        "eos_token_id": None,
     }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype).eval()
@@ -156,6 +157,11 @@ class TestLoss:
         used = [name for name in found if name.startswith(f"connectors.{modality}.")]
         assert any(bool(found[name].any()) for name in used)
 
+    def test_a_sample_without_an_answer_is_an_error(self, modality: str) -> None:
+        unanswered = sample(1, modality, answered=False)
+        with pytest.raises(DataError, match="set/1#0 has no token to learn from"):
+            tiny_model()(batch([sample(0, modality), unanswered]))
+
     def test_what_lies_in_the_padding_has_no_influence(self, modality: str) -> None:
         model = tiny_model()
         short, long = sample(1, modality), sample(0, modality)
@@ -267,6 +273,21 @@ class TestGeneration:
         assert len(cut[2]) <= 3 < max(map(len, cut))
         expected = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in cut]
         assert model.generate(samples, 8, tokenizer) == expected
+
+    @pytest.mark.parametrize("stated", ["by the caller", "by the generation config"])
+    def test_other_end_tokens_end_it_as_well(
+        self, modality: str, stated: str, tokenizer: Any
+    ) -> None:
+        model = tiny_model()
+        one = sample(0, modality, answered=False)
+        with torch.no_grad():
+            free = greedy(model, one, 8, -1)
+        end = free[3]
+        ends = (end,) if stated == "by the caller" else ()
+        if not ends:
+            model.llm.generation_config.eos_token_id = [end, 3]
+        expected = tokenizer.decode(free[: free.index(end)], skip_special_tokens=True).strip()
+        assert model.generate([one], 8, tokenizer, ends) == [expected]
 
     def test_the_other_rows_of_the_batch_have_no_influence(
         self, modality: str, tokenizer: Any

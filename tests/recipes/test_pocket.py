@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mera_ds.data.decode import decode
 from mera_ds.errors import InputError
 from mera_ds.files import sha256_file
+from mera_ds.media import decode
 from mera_ds.recipes import build
 from mera_ds.recipes.pocket import ogg, sources
 from mera_ds.recipes.pocket.audio import cc0_files

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mera_ds.errors import DataError, InputError
 from mera_ds.report.results import read_runs, read_score
@@ -93,4 +94,19 @@ def test_folders_that_cannot_be_reported(make_run: Callable[..., Path], tmp_path
         read_runs([folder, tmp_path / "." / "mera"])
     (folder / "results.jsonl").unlink()
     with pytest.raises(InputError, match="has no results yet; 'mera-ds run"):
+        read_runs([folder])
+
+
+def test_stages_of_before_an_addition_know_a_shorter_order(make_run: Callable[..., Path]) -> None:
+    folder = make_run("mera", "mera")
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["modalities"]["imu"] = config["modalities"]["image"]
+    config["order"].append("imu")
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    (run,) = read_runs([folder])
+    assert run.last_stage == 4
+    config["order"].remove("video")
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    with pytest.raises(DataError, match=r"results\.jsonl:1: order is"):
         read_runs([folder])

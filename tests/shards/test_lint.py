@@ -231,3 +231,46 @@ def test_splits_share_nothing(
     problems = lint_pair(train, test)
     assert len(problems) == (complaint is not None)
     assert all(str(complaint) in problem for problem in problems)
+
+
+IDS = "".join(f"n{number:02d}#{text}\n" for number in range(12) for text in ("c0", "q0"))
+
+
+def _write_with_lists(folder: Path) -> None:
+    recipe = {"name": "numbers", "texts_per_medium": {"caption": [1, 1], "qa": [1, 1]}}
+    files = {"ids.txt": IDS, "left_out.txt": "gone\tno file\n"}
+    write(folder, recipe=recipe, files=files)
+
+
+def test_lists_beside_the_index_are_checked(tmp_path: Path) -> None:
+    _write_with_lists(tmp_path)
+    assert lint(tmp_path) == []
+    (tmp_path / "left_out.txt").unlink()
+    (tmp_path / "ids.txt").write_text(IDS.replace("n03#q0\n", ""))
+    assert lint(tmp_path) == [
+        f"{tmp_path / 'ids.txt'} has changed: its sha256 is not the one in the index",
+        f"{tmp_path / 'left_out.txt'} is listed in the index but is no file here",
+        f"{tmp_path / 'ids.txt'} does not list the texts that are in the tars",
+    ]
+
+
+def test_number_of_texts_is_checked(tmp_path: Path) -> None:
+    _write_with_lists(tmp_path)
+    path = tmp_path / "index.json"
+    index = json.loads(path.read_text())
+    index["recipe"]["texts_per_medium"]["caption"] = [5, 5]
+    path.write_text(json.dumps(index))
+    (problem,) = lint(tmp_path)
+    assert "'caption': [1, 1]" in problem
+    assert "its recipe says {'caption': [5, 5]" in problem
+
+
+def test_list_of_another_folder_is_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    _write_with_lists(folder)
+    (tmp_path / "x").write_text("")
+    path = folder / "index.json"
+    index = json.loads(path.read_text())
+    index["recipe"]["files"]["../x"] = "0"
+    path.write_text(json.dumps(index))
+    assert lint(folder) == [f"{folder / '../x'} is listed in the index but is no file here"]

@@ -6,8 +6,10 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from mera_ds.errors import DataError
 from mera_ds.shards.format import Text
@@ -53,7 +55,22 @@ def _npy(array: object) -> bytes:
     return buffer.getvalue()
 
 
-def _write(folder: Path, media: dict[str, bytes]) -> None:
+def _film(container: str, codec: str) -> bytes:
+    """Return twelve frames, each darker than the one before."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as target:
+        stream = target.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for number in range(12):
+            pixels = np.full((32, 32, 3), 200 - 10 * number, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                target.mux(packet)
+        for packet in stream.encode():
+            target.mux(packet)
+    return buffer.getvalue()
+
+
+def _write(folder: Path, media: dict[str, bytes], modality: str = "pointcloud") -> None:
     texts = (
         Text("c0", "caption", "", (HOSTILE,)),
         Text("q0", "qa", "a or b?", ("a", "either")),
@@ -62,7 +79,7 @@ def _write(folder: Path, media: dict[str, bytes]) -> None:
         RawSample(f"s-{number}-{extension}", extension, content, f"c{number}", "here", texts)
         for number, (extension, content) in enumerate(media.items())
     ]
-    write(folder, samples, choices=None)
+    write(folder, samples, choices=None, modality=modality)
 
 
 def test_text_preview(folder: Path) -> None:
@@ -88,7 +105,7 @@ def test_page_holds_media_and_texts(tmp_path: Path) -> None:
         "gif": b"moving",
         "wav": b"sound",
         "flac": b"more sound",
-        "mp4": b"film",
+        "mp4": _film("mp4", "libx264"),
         "npy": _npy(points),
         "xyz": b"unknown",
     }
@@ -110,6 +127,32 @@ def test_page_holds_media_and_texts(tmp_path: Path) -> None:
     assert "xyz, 7 bytes (no preview)" in page.text
     assert "a or b?" in page.text
     assert "a | either" in page.text
+
+
+@pytest.mark.parametrize(
+    ("extension", "codec"), [("avi", "mpeg4"), ("mp4", "mpeg4"), ("mkv", "libx264")]
+)
+def test_videos_that_browsers_do_not_play_are_shown_as_frames(
+    tmp_path: Path, extension: str, codec: str
+) -> None:
+    container = {"mkv": "matroska"}.get(extension, extension)
+    _write(tmp_path / "a", {extension: _film(container, codec)})
+    write_html([tmp_path / "a"], tmp_path / "page.html", 1)
+    page = _Page((tmp_path / "page.html").read_text())
+    assert f"{extension} video, {codec.removeprefix('libx').replace('264', 'h264')}" in page.text
+    assert "browsers don't play it; shown as 4 frames" in page.text
+    (picture,) = page.all("img")
+    kind, _, content = (picture["src"] or "").partition(";base64,")
+    assert kind == "data:image/webp"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+        assert image.n_frames == 4
+
+
+def test_broken_video_is_said_to_be(tmp_path: Path) -> None:
+    _write(tmp_path / "a", {"avi": b"no film"})
+    write_html([tmp_path / "a"], tmp_path / "page.html", 1)
+    page = _Page((tmp_path / "page.html").read_text())
+    assert "avi video, unknown codec: not playable (InvalidDataError" in page.text
 
 
 def test_texts_cannot_add_code(tmp_path: Path) -> None:
@@ -142,3 +185,20 @@ def test_broken_point_cloud_is_named(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError, match=r"s-0-npy\.npy"):
         write_html([tmp_path / "a"], tmp_path / "page.html", 1)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_series_are_drawn_as_curves(tmp_path: Path) -> None:
+    steps = np.linspace(0, 1, 5)
+    _write(tmp_path / "a", {"npy": _npy(np.stack([steps, -steps], axis=1))}, "imu")
+    write_html([tmp_path / "a"], tmp_path / "page.html", 1)
+    rising, falling = _Page((tmp_path / "page.html").read_text()).all("polyline")
+    assert rising["points"] == "0.0,80.0 80.0,60.5 160.0,41.0 240.0,21.5 320.0,2.0"
+    assert falling["points"] == "0.0,80.0 80.0,99.5 160.0,119.0 240.0,138.5 320.0,158.0"
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 3, 4)), np.zeros((5, 40)), np.array(["a", "b"])])
+def test_of_other_arrays_the_shape_is_shown(array: np.ndarray, tmp_path: Path) -> None:
+    _write(tmp_path / "a", {"npy": _npy(array)}, "imu")
+    write_html([tmp_path / "a"], tmp_path / "page.html", 1)
+    page = _Page((tmp_path / "page.html").read_text())
+    assert f"npy, {array.dtype} {array.shape} (no preview)" in page.text

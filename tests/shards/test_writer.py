@@ -247,3 +247,17 @@ def test_answers_are_free_without_choices(tmp_path: Path) -> None:
     index = write(tmp_path, choices=None)
     assert index.choices == {"qa": None}
     assert len(ShardReader(tmp_path)) == 12
+
+
+def test_files_beside_the_index(tmp_path: Path) -> None:
+    files = {"ids.txt": "n00#c0\n", "left_out.txt": "x\tgone\n"}
+    index = write(tmp_path, files=files)
+    digest = hashlib.sha256(b"n00#c0\n").hexdigest()
+    assert index.recipe["files"]["ids.txt"] == digest
+    before = contents(tmp_path)
+    assert before["left_out.txt"] == b"x\tgone\n"
+    (tmp_path / "ids.txt").write_text("other")
+    write(tmp_path, files=files)
+    assert contents(tmp_path) == before
+    write(tmp_path, files={"ids.txt": "n00#c0\n"})
+    assert not (tmp_path / "left_out.txt").exists()

@@ -7,7 +7,7 @@ from mera_ds.train.engine import prepare_environment
 MODULES = (
     "mera_ds.cli.launch",
     "mera_ds.train.stage",
-    "torch.utils.tensorboard",
+    "tensorboard.summary.writer.record_writer",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's compiler
     "pytest",  # whose script child processes take for their main module
 )

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, cast
 
-from mera_ds.config import parse, require_known
 from mera_ds.merge.methods import (
     cma,
     dare,
@@ -25,6 +24,7 @@ from mera_ds.merge.methods import (
     ties,
 )
 from mera_ds.merge.updates import LayerMerge, Update
+from mera_ds.settings import parse, require_known
 
 
 @dataclass(frozen=True)

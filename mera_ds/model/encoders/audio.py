@@ -8,17 +8,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mera_ds.batch import Features
 from mera_ds.errors import InputError
 from mera_ds.model.encoders.base import Encoder, load_weights
+from mera_ds.model.encoders.waveform import Waveform, mono
 
 SAMPLE_RATE = 44_100
 WINDOW = 2048
@@ -31,18 +29,6 @@ BLOCK_FRAMES = 100
 FRAMES_PER_TOKEN = 8
 BLOCK_TOKENS = BLOCK_FRAMES // FRAMES_PER_TOKEN
 FEATURE_DIM = 512
-
-
-class Waveform(Protocol):
-    """A decoded sound."""
-
-    @property
-    def waveform(self) -> NDArray[np.float32]:
-        """Samples (channels, n), nominally in [-1, 1]."""
-
-    @property
-    def rate(self) -> int:
-        """Samples per second."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +46,6 @@ class AisfxOptions:
             raise InputError(f"blocks is {self.blocks}; it must be at least 1")
         if self.tokens < 1 or BLOCK_TOKENS % self.tokens:
             raise InputError(f"tokens is {self.tokens}; it must divide {BLOCK_TOKENS}")
-
-
-def resample(signal: Tensor, rate: int, target: int) -> Tensor:
-    """Change the sampling rate of (n,) samples in the frequency domain.
-
-    The spectrum is cut at the lower of the two Nyquist frequencies. Zeros behind the end keep
-    the transform's periodicity from wrapping it into the beginning.
-    """
-    if rate == target or len(signal) == 0:
-        return signal
-    step = rate // math.gcd(rate, target)
-    padded = -(-(len(signal) + rate // 20) // step) * step
-    length = padded // step * (target // math.gcd(rate, target))
-    spectrum = torch.fft.rfft(signal, n=padded)[: length // 2 + 1]
-    resampled = torch.fft.irfft(spectrum, n=length) * (length / padded)
-    return resampled[: -(-len(signal) * target // rate)]
 
 
 def mel_filters() -> Tensor:
@@ -160,9 +130,7 @@ class AisfxEncoder(Encoder):
     def transform(self, media: Waveform) -> Tensor:
         """Sound -> log-mel frames (T, 96), 1 <= T <= 100 * blocks."""
         frames = BLOCK_FRAMES * self.options.blocks
-        samples = -(-frames * HOP * media.rate // SAMPLE_RATE)
-        signal = torch.from_numpy(media.waveform[:, :samples]).mean(dim=0)
-        return log_mel(resample(signal, media.rate, SAMPLE_RATE), self._filters)[:frames]
+        return log_mel(mono(media, SAMPLE_RATE, frames * HOP), self._filters)[:frames]
 
     @torch.no_grad()
     def forward(self, inputs: Sequence[Tensor]) -> Features:

@@ -5,18 +5,17 @@ Shape letters: B media, N feature tokens, D feature width, C channels, H and W p
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mera_ds.batch import Features
-from mera_ds.errors import DataError, InputError
+from mera_ds.errors import InputError
 from mera_ds.files import sha256_json
+from mera_ds.model.official import load_exactly, read_official
 
 
 class Encoder(nn.Module):
@@ -34,9 +33,9 @@ class Encoder(nn.Module):
     """Part of the fingerprint; raise it when the same weights and options give other features."""
     feature_dim: int
     max_tokens: int
-    """Largest N; `forward` pads to it."""
+    """Largest N that `forward` can give."""
     fingerprint: str
-    """SHA-256 over kind, revision, options and weights."""
+    """SHA-256 over kind, revision, options, architecture and weights."""
 
     def __init__(self, kind: str, options: Any, weights: Path | None) -> None:
         super().__init__()
@@ -48,11 +47,18 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def forward(self, inputs: Sequence[Tensor]) -> Features:
-        """Encode transformed media; values are fp32, on the encoder's device."""
+        """Encode transformed media; values are fp32, on the encoder's device.
+
+        N is the batch's own, up to `max_tokens`; the mask says which tokens are real.
+        """
         raise NotImplementedError
 
-    def freeze(self) -> None:
-        """Fix weights and mode, and take the fingerprint; the last act of a constructor."""
+    def freeze(self, architecture: Mapping[str, Any] | None = None) -> None:
+        """Fix weights and mode, and take the fingerprint; the last act of a constructor.
+
+        Args:
+            architecture: what else decides the features if a weight file brings it along.
+        """
         self.requires_grad_(False)
         self.eval()
         digest = hashlib.sha256()
@@ -64,6 +70,7 @@ class Encoder(nn.Module):
                 "kind": self.kind,
                 "revision": self.revision,
                 "options": dataclasses.asdict(self.options),
+                "architecture": dict(architecture or {}),
                 "weights": digest.hexdigest(),
             }
         )
@@ -74,29 +81,18 @@ class Encoder(nn.Module):
 
 
 def load_weights(network: nn.Module, weights: Path | None, kind: str) -> None:
-    """Load a safetensors file into a network, exactly.
+    """Load a file into a network, exactly.
 
     Raises:
         InputError: if no file is given, or it does not exist.
         DataError: if a tensor is missing, unknown, of another shape or not finite.
     """
+    path = require_weights(weights, kind, "a safetensors file")
+    load_exactly(network, read_official(path, f"encoder '{kind}'").tensors, path, kind)
+
+
+def require_weights(weights: Path | None, kind: str, what: str) -> Path:
+    """Return the path of the weights, or raise an `InputError` that says what file is needed."""
     if weights is None:
-        raise InputError(f"encoder '{kind}' needs weights: give the path of a safetensors file")
-    if not weights.is_file():
-        raise InputError(f"encoder '{kind}': weights {weights} do not exist")
-    try:
-        state = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{weights} is not a readable safetensors file: {error}") from None
-    own = network.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        if name not in state:
-            raise DataError(f"{weights} has no tensor '{name}'; is it a file for '{kind}'?")
-        if name not in own:
-            raise DataError(f"{weights} holds '{name}', which '{kind}' does not know")
-        if own[name].shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-            raise DataError(f"{weights}: '{name}' has shape {shapes}")
-        if not torch.isfinite(state[name]).all():
-            raise DataError(f"{weights}: '{name}' holds values that are not finite")
-    network.load_state_dict(state)
+        raise InputError(f"encoder '{kind}' needs weights: give the path of {what}")
+    return weights

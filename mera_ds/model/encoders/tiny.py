@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from mera_ds.batch import Features
 from mera_ds.errors import InputError
-from mera_ds.model.encoders.audio import Waveform
 from mera_ds.model.encoders.base import Encoder
 from mera_ds.model.encoders.pointcloud import depth_maps
 from mera_ds.model.encoders.visual import even_indices, to_square
+from mera_ds.model.encoders.waveform import Waveform
 
 SIDE = 8
 """Pixels a side of what one token sees of a picture."""

@@ -11,8 +11,9 @@ import soundfile
 from numpy.typing import NDArray
 from PIL import Image
 
-from mera_ds.data.decode import MAX_AUDIO_SECONDS, decode
 from mera_ds.errors import DataError, InputError
+from mera_ds.media import decode
+from mera_ds.media.audio import MAX_AUDIO_SECONDS
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -110,7 +111,7 @@ def test_video_file_gives_all_frames_in_order(container: str, extension: str) ->
 
 
 def test_long_clip_is_thinned_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mera_ds.data.decode.MAX_CLIP_PIXELS", 4 * 16 * 32)
+    monkeypatch.setattr("mera_ds.media.video.MAX_CLIP_PIXELS", 4 * 16 * 32)
     clip = decode("video", "avi", container_bytes("avi", "mpeg4", 10), "a")
     assert np.abs(clip.mean((1, 2, 3)) - (20, 50, 80, 110)).max() < 6
 

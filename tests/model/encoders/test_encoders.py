@@ -1,5 +1,7 @@
 """Encoders: frozen, deterministic, of the published architectures, and of use to a linear probe."""
 
+import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mera_ds.config import cache_folder
+from mera_ds.config import REPOSITORY, ModalityConfig, cache_folder
 from mera_ds.errors import DataError, InputError, MeraError
+from mera_ds.model.connectors import CONNECTORS
 from mera_ds.model.encoders import ENCODERS, Encoder, build_encoder
 from mera_ds.model.encoders.audio import (
     LOUDEST,
@@ -22,21 +26,25 @@ from mera_ds.model.encoders.audio import (
     AisfxNetwork,
     log_mel,
     mel_filters,
-    resample,
 )
 from mera_ds.model.encoders.efficientnet import EfficientNetLite0, SameConv2d, pool_grid
 from mera_ds.model.encoders.pointcloud import depth_maps
 from mera_ds.model.encoders.visual import even_indices, to_square
+from mera_ds.model.encoders.waveform import resample
 from mera_ds.pocket import PocketWeights, locate
+from mera_ds.settings import parse
+
+from .official_files import SMALL_POINT_BERT, write_beats, write_clip, write_point_bert
 
 CACHE = cache_folder()
 TINY = [kind for kind in ENCODERS if kind.startswith("tiny-")]
-REAL = [kind for kind in ENCODERS if not kind.startswith("tiny-")]
+POCKET = ["efficientnet-lite0", "efficientnet-lite0-frames", "aisfx", "depth-views"]
 SMALL = {
     "efficientnet-lite0": {"size": 64},
     "efficientnet-lite0-frames": {"size": 64, "frames": 3},
     "depth-views": {"size": 64},
     "aisfx": {"blocks": 1},
+    "point-bert": SMALL_POINT_BERT,
 }
 """Options that make the real architectures fast."""
 
@@ -59,7 +67,7 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path |
     torch.manual_seed(0)
     files: dict[str, Path | None] = dict.fromkeys(ENCODERS)
     for name, network, kinds in (
-        ("vision", EfficientNetLite0(), [kind for kind in REAL if kind != "aisfx"]),
+        ("vision", EfficientNetLite0(), [kind for kind in POCKET if kind != "aisfx"]),
         ("audio", AisfxNetwork(), ["aisfx"]),
     ):
         for module in network.modules():
@@ -68,7 +76,11 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path |
         path = folder / f"{name}.safetensors"
         save_file(network.state_dict(), path)
         files |= dict.fromkeys(kinds, path)
-    return files
+    files |= {"beats": folder / "beats.pt", "point-bert": folder / "point_bert.pt"}
+    write_beats(folder / "beats.pt")
+    write_point_bert(folder / "point_bert.pt")
+    write_clip(folder / "clip")
+    return files | dict.fromkeys(["clip-vit", "clip-vit-frames"], folder / "clip")
 
 
 def make(kind: str, weights: dict[str, Path | None], **options: Any) -> Encoder:
@@ -95,8 +107,11 @@ def test_features_have_the_announced_shape(
 ) -> None:
     encoder = make(kind, random_weights)
     features = encoder([encoder.transform(medium(kind, number)) for number in range(3)])
-    assert features.values.shape == (3, encoder.max_tokens, encoder.feature_dim)
-    assert features.mask.shape == (3, encoder.max_tokens)
+    count = features.mask.shape[1]
+    assert features.values.shape == (3, count, encoder.feature_dim)
+    assert features.mask.shape == (3, count)
+    assert count <= encoder.max_tokens
+    assert count == encoder.max_tokens or kind == "beats"
     assert features.values.dtype == torch.float32
     assert features.mask.dtype == torch.bool
     assert torch.isfinite(features.values).all()
@@ -125,8 +140,9 @@ def test_a_mediums_features_do_not_depend_on_the_batch(
     assert together.values.std() > 0.01
     for row, item in enumerate(inputs):
         alone = encoder([item])
-        assert torch.equal(alone.mask[0], together.mask[row])
-        assert torch.allclose(alone.values[0], together.values[row], rtol=1e-3, atol=1e-3)
+        assert alone.mask.sum() == together.mask[row].sum()
+        found, expected = together.values[row][together.mask[row]], alone.values[alone.mask]
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -396,6 +412,12 @@ def test_point_order_and_place_do_not_matter(random_weights: dict[str, Path | No
         ("efficientnet-lite0", torch.float16),
         ("efficientnet-lite0", torch.bfloat16),
         ("aisfx", torch.bfloat16),
+        ("clip-vit", torch.float16),
+        ("clip-vit-frames", torch.bfloat16),
+        ("beats", torch.float16),
+        ("beats", torch.bfloat16),
+        ("point-bert", torch.float16),
+        ("point-bert", torch.bfloat16),
         ("tiny-audio", torch.float16),
     ],
 )
@@ -424,6 +446,11 @@ def test_half_precision_gives_fp32_features(
         ("depth-views", {"radius": -1}, "radius is -1"),
         ("tiny-image", {"feature_dim": 0}, "feature_dim is 0"),
         ("aisfx", {}, "needs weights"),
+        ("clip-vit", {}, "needs weights"),
+        ("clip-vit", {"aspect": "crop"}, "valid: pad, square"),
+        ("clip-vit-frames", {"pooling": 0}, "pooling is 0"),
+        ("beats", {}, "needs weights: give the path of the official"),
+        ("point-bert", {}, "needs weights"),
     ],
 )
 def test_wrong_configurations_are_refused(kind: str, options: dict[str, Any], message: str) -> None:
@@ -459,6 +486,24 @@ def test_weights_must_fit_exactly(random_weights: dict[str, Path | None], tmp_pa
         build_encoder("aisfx", {}, path)
     with pytest.raises(InputError, match="do not exist"):
         build_encoder("aisfx", {}, tmp_path / "nowhere.safetensors")
+
+
+def test_the_readmes_example_and_tables_name_real_options() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## The paper's own encoders")[2].partition("\n## ")[0]
+    example = yaml.safe_load(section.partition("```yaml")[2].partition("```")[0])
+    for name, values in example["modalities"].items():
+        entry = parse(ModalityConfig, values, name)
+        parse(ENCODERS[entry.encoder.kind].Options, entry.encoder.options, name)
+        parse(CONNECTORS[entry.connector.kind].Options, entry.connector.options, name)
+    rows = re.findall(r"^\| `([\w-]+)` \| .* \| (.*) \| .* × .* \|$", section, re.MULTILINE)
+    assert [kind for kind, _ in rows] == ["clip-vit", "clip-vit-frames", "beats", "point-bert"]
+    for kind, options in rows:
+        known = {entry.name: entry.default for entry in dataclasses.fields(ENCODERS[kind].Options)}
+        assert "dtype" in known
+        for name, default in re.findall(r"`(\w+)` \((?:(\d+)|[^)]*)\)", options):
+            assert name in known
+            assert not default or known[name] == float(default)
 
 
 @pytest.fixture(scope="module")
@@ -503,7 +548,7 @@ GOLDEN = {
 """Length of the first and last real token, and the three largest values of the first one."""
 
 
-@pytest.mark.parametrize("kind", REAL)
+@pytest.mark.parametrize("kind", POCKET)
 def test_real_weights_give_the_reference_features(kind: str, pocket: PocketWeights) -> None:
     """Golden figures: taken when the networks agreed exactly with those of the packages."""
     encoder = build_encoder(kind, {}, pocket.audio if kind == "aisfx" else pocket.vision)
