@@ -5,6 +5,7 @@ A product is a folder that says all of a model but its frozen weights:
     manifest.json                  written last: base, lineage, connectors, key, provenance
     connectors/<modality>.safetensors
     deltas/<stage>-<modality>.safetensors
+    fisher/<stage>-<modality>.safetensors
 
 The backbone of a product is  θ = θ_base + Σ c_i · s_i · B_i A_i  over its lineage. Finished files
 are hard-linked from product to product, so a product is complete in itself and costs only what it
@@ -15,9 +16,8 @@ import dataclasses
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,70 +37,15 @@ from mera_ds.files import (
     sha256_json,
     write_json,
 )
-from mera_ds.settings import parse
-
-MANIFEST = "manifest.json"
-SCHEMA = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeltaEntry:
-    """One stage's contribution to the backbone: coefficient × scale × B A, per linear layer."""
-
-    stage: int
-    modality: str
-    coefficient: str
-    """Exact fraction, e.g. `1/3`; 1 before the merge."""
-    scale: float
-    """LoRA's alpha / rank."""
-    rank: int
-    file: str
-    sha256: str
-    parent: str
-    """`backbone_sha256` of the backbone that this delta was trained on."""
-
-    @property
-    def weight(self) -> float:
-        """The factor of B A."""
-        return float(Fraction(self.coefficient)) * self.scale
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
-    """A file of the product and its hash."""
-
-    file: str
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What `manifest.json` holds."""
-
-    schema: int
-    key: str
-    """Hash of everything that determined this product; equal key, equal product."""
-    step: str
-    base_sha256: str
-    lineage: tuple[DeltaEntry, ...]
-    connectors: Mapping[str, FileEntry]
-    provenance: Mapping[str, Any]
-
-    @property
-    def backbone_sha256(self) -> str:
-        """Identity of the backbone: base, and each delta with its coefficient."""
-        return backbone_identity(self.base_sha256, self.lineage)
-
-    @property
-    def model_sha256(self) -> str:
-        """Identity of the whole model: backbone and connectors."""
-        connectors = {name: entry.sha256 for name, entry in self.connectors.items()}
-        return sha256_json([self.backbone_sha256, connectors])
-
-
-def backbone_identity(base_sha256: str, lineage: Iterable[DeltaEntry]) -> str:
-    """Return the hash that names θ_base + Σ c_i Δ_i."""
-    return sha256_json([base_sha256, [[entry.sha256, entry.coefficient] for entry in lineage]])
+from mera_ds.manifest import MANIFEST as MANIFEST
+from mera_ds.manifest import SCHEMA as SCHEMA
+from mera_ds.manifest import DeltaEntry as DeltaEntry
+from mera_ds.manifest import Factors, backbone_identity, keep_parents
+from mera_ds.manifest import FileEntry as FileEntry
+from mera_ds.manifest import Manifest as Manifest
+from mera_ds.manifest import check_lineage as check_lineage
+from mera_ds.manifest import is_finished as is_finished
+from mera_ds.manifest import read_manifest as read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,39 +57,8 @@ class NewDelta:
     scale: float
     rank: int
     tensors: Mapping[str, Tensor]
-
-
-def read_manifest(product: Path) -> Manifest:
-    """Read a product's manifest strictly.
-
-    Raises:
-        InputError: if the product does not exist or is not finished.
-        DataError: if the manifest was written by another version.
-    """
-    if not (product / MANIFEST).exists():
-        raise InputError(f"{product} holds no finished model; run the step that makes it")
-    value = read_json(product / MANIFEST)
-    schema = value.get("schema") if isinstance(value, dict) else None
-    if schema != SCHEMA:
-        raise DataError(f"{product / MANIFEST}: schema {schema}, expected {SCHEMA}")
-    return parse(Manifest, value, str(product / MANIFEST))
-
-
-def is_finished(product: Path, key: str) -> bool:
-    """Return whether the product exists and was made from exactly these inputs.
-
-    Raises:
-        InputError: if it exists but was made from other inputs (data, settings or weights).
-    """
-    if not (product / MANIFEST).exists():
-        return False
-    found = read_manifest(product).key
-    if found != key:
-        raise InputError(
-            f"{product} was made from other data, settings or weights than this run has now; "
-            "restore them, delete that folder to make it again, or make a new run"
-        )
-    return True
+    fisher: Mapping[str, Tensor] = field(default_factory=dict)
+    """See `mera_ds.merge.fisher`; empty: not known."""
 
 
 def write_product(
@@ -156,6 +70,8 @@ def write_product(
     previous: Path | None,
     lineage: tuple[DeltaEntry, ...] | None = None,
     connectors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    without: Collection[str] = (),
+    replaced: Mapping[int, Mapping[str, Tensor]] | None = None,
     delta: NewDelta | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Manifest:
@@ -169,6 +85,8 @@ def write_product(
         previous: product whose files are kept where nothing newer is given.
         lineage: replaces the previous lineage's coefficients (merge).
         connectors: new tensors per modality.
+        without: modalities whose connectors are left out.
+        replaced: by stage, factors that count instead of those that were trained (merge).
         delta: appended to the lineage with coefficient 1.
         provenance: what else to record.
 
@@ -176,21 +94,27 @@ def write_product(
         DataError: if a tensor is empty or not finite.
     """
     before = read_manifest(previous) if previous is not None else None
+    connectors, replaced = connectors or {}, replaced or {}
     kept = dict(before.connectors) if before else {}
+    kept = {name: entry for name, entry in kept.items() if name not in {*connectors, *without}}
     entries = list(lineage if lineage is not None else before.lineage if before else ())
+    new = [*connectors.values(), *replaced.values(), *([delta.tensors] if delta else [])]
     size = sum(
-        tensor.numel() * tensor.element_size()
-        for tensors in [*(connectors or {}).values(), *([delta.tensors] if delta else [])]
-        for tensor in tensors.values()
+        tensor.numel() * tensor.element_size() for tensors in new for tensor in tensors.values()
     )
     require_space(product.parent, size + 1_000_000)
     with committed_folder(product) as folder:
-        files = [entry.file for name, entry in kept.items() if name not in (connectors or {})]
-        for file in [*files, *(entry.file for entry in entries)]:
+        files = [entry.file for entry in kept.values()]
+        for file in [*files, *(file for entry in entries for file in entry.files)]:
             link_or_copy(_of(previous) / file, folder / file)
-        for modality, tensors in (connectors or {}).items():
+        for modality, tensors in connectors.items():
             file = f"connectors/{modality}.safetensors"
             kept[modality] = FileEntry(file=file, sha256=save_tensors(folder / file, tensors))
+        for position, entry in enumerate(entries):
+            if entry.stage in replaced:
+                entries[position] = _save_replaced(folder, entry, replaced[entry.stage])
+        if before is not None and lineage is not None:
+            entries = list(keep_parents(before.lineage, entries))
         if delta is not None:
             entries.append(_save_delta(folder, delta, base_sha256, entries))
         manifest = Manifest(
@@ -214,16 +138,36 @@ def _of(previous: Path | None) -> Path:
 def _save_delta(
     folder: Path, delta: NewDelta, base_sha256: str, lineage: list[DeltaEntry]
 ) -> DeltaEntry:
-    file = f"deltas/{delta.stage:02d}-{delta.modality}.safetensors"
+    name = f"{delta.stage:02d}-{delta.modality}.safetensors"
+    fisher = None
+    if delta.fisher:
+        sha256 = save_tensors(folder / "fisher" / name, delta.fisher)
+        fisher = FileEntry(file=f"fisher/{name}", sha256=sha256)
     return DeltaEntry(
         stage=delta.stage,
         modality=delta.modality,
         coefficient="1",
         scale=delta.scale,
         rank=delta.rank,
-        file=file,
-        sha256=save_tensors(folder / file, delta.tensors),
+        file=f"deltas/{name}",
+        sha256=save_tensors(folder / "deltas" / name, delta.tensors),
         parent=backbone_identity(base_sha256, lineage),
+        fisher=fisher,
+    )
+
+
+def _save_replaced(folder: Path, entry: DeltaEntry, tensors: Mapping[str, Tensor]) -> DeltaEntry:
+    file = f"deltas/{entry.stage:02d}-{entry.modality}-merged.safetensors"
+    trained = entry.as_trained
+    return dataclasses.replace(
+        entry,
+        file=file,
+        sha256=save_tensors(folder / file, tensors),
+        scale=1.0,
+        rank=max(len(factor) for name, factor in tensors.items() if name.endswith(".lora_A")),
+        trained=Factors(
+            file=trained.file, sha256=trained.sha256, scale=trained.scale, rank=trained.rank
+        ),
     )
 
 
@@ -322,20 +266,6 @@ def load_connector(product: Path, manifest: Manifest, modality: str) -> dict[str
 def load_delta(product: Path, entry: DeltaEntry) -> dict[str, Tensor]:
     """Read the LoRA factors of one lineage entry."""
     return load_tensors(product / entry.file, entry.sha256)
-
-
-def check_lineage(product: Path, manifest: Manifest, base_sha256: str) -> None:
-    """Refuse a product that belongs to another base backbone.
-
-    Raises:
-        InputError: naming both hashes.
-    """
-    if manifest.base_sha256 != base_sha256:
-        raise InputError(
-            f"{product} was trained on the backbone {manifest.base_sha256[:12]}, but the "
-            f"configured one is {base_sha256[:12]}; set backbone.path to the folder it was "
-            "trained on"
-        )
 
 
 def hash_backbone(folder: Path, memory: Path) -> str:

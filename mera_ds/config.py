@@ -1,8 +1,7 @@
 """Configuration: frozen dataclasses, strict loading, dotted overrides. Imports no torch.
 
-A run's resolved configuration is saved in `<run>/config.yaml` and is the only place that settings
-are read from. `ExecutionConfig` holds what may differ between two executions of the same run
-(number of processes, ZeRO stage, how often to save); everything else is fixed when the run is made.
+A run's settings are read from `<run>/config.yaml` alone. `ExecutionConfig` holds what may differ
+between two executions of a run (processes, ZeRO stage, …); all else is fixed when it is made.
 """
 
 import os
@@ -16,6 +15,7 @@ import yaml
 
 from mera_ds.errors import InputError
 from mera_ds.files import write_bytes
+from mera_ds.mergeconfig import MergeConfig
 from mera_ds.settings import apply_overrides, dump, parse, read_yaml, require_known
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -191,6 +191,7 @@ class RunConfig:
     tune: PhaseConfig
     realign: PhaseConfig
     replay: ReplayConfig = ReplayConfig()
+    merge: MergeConfig = field(default_factory=MergeConfig)
     evaluate: EvaluateConfig = EvaluateConfig()
     execution: ExecutionConfig = ExecutionConfig()
 

@@ -14,6 +14,7 @@ from mera_ds.checkpoint import hash_backbone, read_manifest, remembered_sha256
 from mera_ds.config import ComponentConfig, RunConfig, cache_folder, resolve_path
 from mera_ds.errors import InputError
 from mera_ds.files import sha256_json
+from mera_ds.mergeconfig import CMA
 from mera_ds.plan import LORA, MergeStep, Plan, Step, TrainStep
 from mera_ds.registry import CONNECTOR, ENCODER, defining_plugins
 from mera_ds.settings import dump
@@ -62,6 +63,8 @@ def product_key(config: RunConfig, run: Path, plan: Plan, step: Step) -> str:
     facts: dict[str, Any] = {"kind": step.kind, "stage": step.stage, "start": start}
     if isinstance(step, MergeStep):
         facts["coefficient"] = step.coefficient
+        if step.method != CMA:
+            facts |= {"method": step.method, "options": dict(step.options)}
     elif isinstance(step, TrainStep):
         _refuse_changed_plugins(config, run / step.output, [part.modality for part in step.data])
         facts |= _training_facts(config, run, step)

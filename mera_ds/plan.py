@@ -7,12 +7,13 @@ bare backbone). `mera_ds.methods` writes plans.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mera_ds.errors import InputError
 from mera_ds.files import read_json, write_json
+from mera_ds.mergeconfig import CMA
 from mera_ds.settings import parse
 
 LORA = "lora"
@@ -62,8 +63,11 @@ class MergeStep:
     start: str
     """Output of the tune step, whose newest delta is scaled."""
     coefficient: str
-    """Weight of the newest delta, as an exact fraction, e.g. `1/3`."""
+    """Weight of the newest delta, as an exact fraction, e.g. `1/3`; empty: the method says it."""
     output: str
+    method: str = CMA
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the method (see `mera_ds.merge.methods`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +131,15 @@ def stage_folder(stage: int, modality: str) -> str:
 
 def save_plan(plan: Plan, path: Path) -> None:
     """Write `plan.json`."""
-    steps = [dataclasses.asdict(step) for step in plan.steps]
+    steps = [_step_facts(step) for step in plan.steps]
     write_json(path, {"schema": 1, "method": plan.method, "steps": steps})
+
+
+def _step_facts(step: Step) -> dict[str, Any]:
+    facts = dataclasses.asdict(step)
+    if isinstance(step, MergeStep) and step.method == CMA:
+        return {name: value for name, value in facts.items() if name not in ("method", "options")}
+    return facts
 
 
 def load_plan(path: Path) -> Plan:

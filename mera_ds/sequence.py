@@ -8,16 +8,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from mera_ds.checkpoint import is_finished, read_manifest
+from mera_ds.checkpoint import check_lineage, is_finished, read_manifest
 from mera_ds.config import REPOSITORY, RunConfig, load_config
 from mera_ds.distributed import World, ensure_launcher_variables, process_group
 from mera_ds.errors import InputError, Interrupted, MeraError
 from mera_ds.files import TEMPORARY, committed_folder, folder_lock, link_or_copy, remove_temporaries
-from mera_ds.identity import product_key
+from mera_ds.identity import base_sha256, product_key
 from mera_ds.log import format_duration, logger
+from mera_ds.mergeconfig import CMA
 from mera_ds.plan import EvaluateStep, MergeStep, Plan, Step, TrainStep, load_plan
 from mera_ds.registry import load_plugins
 
@@ -84,24 +86,28 @@ def execute_step(run: Run, step: Step, world: World) -> None:
 
 def execute_merge(run: Run, step: MergeStep) -> None:
     """Write the merged model of a stage, unless it is finished."""
-    from mera_ds.merge.lineage import merge_product
+    from mera_ds.merge.lineage import merge_product, merge_product_by
+    from mera_ds.merge.methods import open_method
 
     key = product_key(run.config, run.folder, run.plan, step)
     if is_finished(run.folder / step.output, key):
         logger.info("%s is finished", step.name)
         return
-    manifest = merge_product(
-        run.folder / step.start,
-        run.folder / step.output,
-        key=key,
-        step=step.name,
-        stage=step.stage,
-        coefficient=step.coefficient,
-    )
+    start, output = run.folder / step.start, run.folder / step.output
+    check_lineage(start, read_manifest(start), base_sha256(run.config, run.folder))
+    facts: dict[str, Any] = {"key": key, "step": step.name, "stage": step.stage}
+    if step.method == CMA:
+        manifest = merge_product(start, output, coefficient=step.coefficient, **facts)
+    else:
+        method = open_method(step.method, step.options)
+        if method.kind.warning is not None:
+            logger.warning("%s: %s", step.name, method.kind.warning)
+        manifest = merge_product_by(method, start, output, **facts)
     logger.info(
-        "%s: newest delta weighted by %s, backbone %s",
+        "%s: merged by %s, newest delta weighted by %s, backbone %s",
         step.name,
-        step.coefficient,
+        step.method,
+        manifest.lineage[-1].coefficient,
         manifest.backbone_sha256[:12],
     )
 

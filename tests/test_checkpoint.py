@@ -206,11 +206,11 @@ class TestManifest:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            ({"schema": 2}, DataError, "schema 2, expected 1"),
-            ({"schema": None}, DataError, "schema None, expected 1"),
+            ({"schema": 3}, DataError, "schema 3, expected 2"),
+            ({"schema": None}, DataError, "schema None, expected 2"),
             ({"lineages": []}, InputError, "key 'lineages'.*did you mean 'lineage'"),
             ({"base_sha256": 5}, InputError, "base_sha256 is 5; expected str"),
-            ({"lineage": [{}]}, InputError, r"lineage\[0\]: missing key 'stage'"),
+            ({"lineage": [{}]}, InputError, r"lineage\[0\]: missing key 'file'"),
         ],
     )
     def test_a_foreign_manifest_is_refused(

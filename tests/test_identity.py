@@ -11,6 +11,7 @@ import torch
 from mera_ds.checkpoint import write_product
 from mera_ds.config import load_config, load_profile
 from mera_ds.errors import InputError
+from mera_ds.files import sha256_json
 from mera_ds.identity import base_sha256, product_key, weights_path
 from mera_ds.methods import make_plan
 from mera_ds.plan import Step
@@ -197,3 +198,13 @@ def test_paths_are_resolved_in_the_run(make_tiny_run: MakeRun) -> None:
     assert weights_path(config.modalities["image"].encoder, run) == run / "weights"
     assert base_sha256(config, run) == base_sha256(config, make_tiny_run())
     assert json.loads((run / "backbone" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_merge_depends_on_its_method(run: Path) -> None:
+    make_product(run, "02-video/tune", "tuned")
+    default = key(run, "02-video/merge")
+    # What runs have that were made before there were other methods.
+    facts = {"kind": "merge", "stage": 2, "start": "tuned", "coefficient": "1/2"}
+    assert default == sha256_json(facts)
+    others = [("merge.method=opcm",), ("merge.method=opcm", "merge.options.alpha=0.7")]
+    assert len({default, *(key(run, "02-video/merge", *other) for other in others)}) == 3

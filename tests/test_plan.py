@@ -126,3 +126,18 @@ def test_a_plan_knows_producers_stages_and_models() -> None:
     ]
     assert plan.final_model("image") == "stages/01-image/model"
     assert plan.final_model("video") == "stages/02-video/model"
+
+
+def test_the_default_merge_is_written_as_ever(tmp_path: Path) -> None:
+    """Plans and keys of the moving average are those of runs that know no other method."""
+    save_plan(make_plan(load_profile("tiny")), tmp_path / "plan.json")
+    steps = json.loads((tmp_path / "plan.json").read_text())["steps"]
+    (merge, *_) = (step for step in steps if step["kind"] == "merge")
+    names = {"kind", "name", "stage", "modality", "start", "coefficient", "output"}
+    assert set(merge) == names
+
+
+def test_another_merge_method_comes_back(tmp_path: Path) -> None:
+    plan = make_plan(load_profile("tiny", ["merge.method=ties", "merge.options.density=0.5"]))
+    save_plan(plan, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan

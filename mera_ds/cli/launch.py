@@ -1,6 +1,7 @@
 """The commands behind `launch/*.py`: parse, call, exit status."""
 
 import argparse
+import dataclasses
 import os
 import re
 import signal
@@ -174,7 +175,9 @@ def _merge_in_run(arguments: argparse.Namespace) -> None:
 
 def score() -> int:
     """Evaluate a stage's model (`launch/score.py`)."""
-    arguments = parse_with_overrides(_parser("Generate and score on the test sets."))
+    parser = _parser("Generate and score on the test sets.")
+    parser.add_argument("--model", help="another model of the stage, e.g. a re-weighted one")
+    arguments = parse_with_overrides(parser)
 
     def command() -> None:
         from mera_ds.distributed import ensure_launcher_variables, process_group
@@ -193,8 +196,19 @@ def score() -> int:
             if not done:
                 raise InputError(f"{run.folder} has no finished stage yet; run 'mera-ds run' first")
             steps = done[-1:]
+        if arguments.model is not None:
+            steps = [_of_model(run, step, arguments.model) for step in steps]
         with _locked(run), process_group(world, run.config.execution.timeout_seconds):
             for step in steps:
                 execute_step(run, step, world)
 
     return guarded(command)
+
+
+def _of_model(run: "Run", step: EvaluateStep, model: str) -> EvaluateStep:
+    """Return the step for another model of its stage; its scores are kept apart."""
+    start = Path(step.start).with_name(model)
+    if not (run.folder / start / "manifest.json").exists():
+        raise InputError(f"--model {model}: {run.folder / start} holds no finished model")
+    name, output = f"{step.name}-{model}", f"{step.output}-{model}"
+    return dataclasses.replace(step, name=name, start=str(start), output=output)

@@ -25,6 +25,7 @@ def init(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: if the folder is a run already, or a setting is wrong.
     """
+    from mera_ds.merge.methods import open_method
     from mera_ds.modality import check_kinds
 
     folder: Path = arguments.run
@@ -40,6 +41,7 @@ def init(arguments: argparse.Namespace) -> None:
     config = dataclasses.replace(config, plugins=keep_plugins(plugins, folder))
     plan = make_plan(config)
     check_kinds(config, config.modalities)
+    open_method(config.merge.method, config.merge.options)
     if config.build is not None:
         _build_inside(config, folder)
     copy_plugins(plugins, folder)
@@ -85,7 +87,8 @@ def plan(arguments: argparse.Namespace) -> None:
 def _describe(run: "Run", step: Step) -> str:
     start = "the bare backbone" if step.start is None else run.plan.producer(step.start).name
     if isinstance(step, MergeStep):
-        return f"weigh the newest delta by {step.coefficient}  from {start}"
+        what = f"weigh the newest delta by {step.coefficient}" if step.coefficient else step.method
+        return f"{what}  from {start}"
     if isinstance(step, EvaluateStep):
         return f"generate and score on {', '.join(step.modalities)}  with {start}"
     return f"{_describe_training(run, step)}  from {start}"

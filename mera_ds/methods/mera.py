@@ -7,11 +7,12 @@ cumulative moving average,
 
 and then trains all connectors so far, alone, on r % of the data of all modalities so far. With
 θ_tuned = θ_{i−1} + Δ_i the average is θ_{i−1} + Δ_i / i: the newest delta gets the coefficient 1/i
-and no older one changes. In the first stage the average is the identity and nothing is misaligned,
-so it ends with the tuned model.
+and no older one changes. (`merge.method` chooses another rule.) In the first stage the average is
+the identity and nothing is misaligned, so it ends with the tuned model.
 """
 
 from mera_ds.config import RunConfig
+from mera_ds.mergeconfig import CMA
 from mera_ds.methods.steps import evaluate, learn, step_name
 from mera_ds.plan import (
     DataPart,
@@ -49,8 +50,10 @@ def _merge_and_realign(
         stage=stage,
         modality=modality,
         start=learned[-1].output,
-        coefficient=f"1/{stage}",
+        coefficient=f"1/{stage}" if config.merge.method == CMA else "",
         output=f"{folder}/merged",
+        method=config.merge.method,
+        options=config.merge.options,
     )
     seen = config.order[:stage]
     realign = TrainStep(

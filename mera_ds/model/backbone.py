@@ -8,11 +8,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from mera_ds.checkpoint import Manifest, load_delta
+from mera_ds.checkpoint import Manifest
 from mera_ds.config import BackboneConfig
+from mera_ds.deltas import weighted_deltas
 from mera_ds.errors import InputError
 from mera_ds.log import logger
-from mera_ds.model.lora import WeightedDelta, fold_deltas
+from mera_ds.model.lora import fold_deltas
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -110,8 +111,4 @@ def _flash_obstacle(config: BackboneConfig) -> str | None:
 
 def fold_lineage(llm: PreTrainedModel, product: Path, manifest: Manifest) -> None:
     """Add the product's deltas to the base weights: θ = θ_base + Σ c_i Δ_i, in stage order."""
-    deltas = [
-        WeightedDelta(load_delta(product, entry), entry.weight, str(product / entry.file))
-        for entry in manifest.lineage
-    ]
-    fold_deltas(llm, deltas)
+    fold_deltas(llm, weighted_deltas(product, manifest))

@@ -5,7 +5,6 @@ update of that layer's weight is  weight · B A  (paper: θ_tuned − θ_{i−1}
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mera_ds.config import LoraConfig
+from mera_ds.deltas import WeightedDelta as WeightedDelta
+from mera_ds.deltas import add_products
 from mera_ds.errors import DataError
 
 _ADAPTER = "default"
@@ -58,17 +59,6 @@ def lora_parameters(llm: nn.Module) -> dict[str, nn.Parameter]:
     return factors
 
 
-@dataclass(frozen=True)
-class WeightedDelta:
-    """One stage's factors, and what their product counts."""
-
-    tensors: Mapping[str, Tensor]
-    weight: float
-    """Coefficient × alpha / rank."""
-    where: str
-    """Name of the delta, for messages."""
-
-
 @torch.no_grad()
 def fold_deltas(llm: PreTrainedModel, deltas: Sequence[WeightedDelta]) -> None:
     """Add  Σ weight · B A  to each linear layer, in fp32, rounding once to the layer's dtype.
@@ -84,12 +74,9 @@ def fold_deltas(llm: PreTrainedModel, deltas: Sequence[WeightedDelta]) -> None:
     for delta in deltas:
         _require_fit(delta, layers)
     for name, layer in layers.items():
-        total = layer.weight.float()
-        for delta in deltas:
-            if f"{name}.lora_A" in delta.tensors:
-                factor_a, factor_b = _factors(delta, name)
-                total = torch.addmm(total, factor_b.float(), factor_a.float(), alpha=delta.weight)
-        layer.weight.copy_(total)
+        here = [delta for delta in deltas if f"{name}.lora_A" in delta.tensors]
+        terms = [(delta.weight_of(name), *_factors(delta, name)[::-1]) for delta in here]
+        layer.weight.copy_(add_products(layer.weight, terms))
 
 
 def _require_fit(delta: WeightedDelta, layers: Mapping[str, nn.Linear]) -> None:

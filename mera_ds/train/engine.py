@@ -179,6 +179,16 @@ class Engine:
         """Return the full fp32 trainable tensors; every rank must call it."""
         return {name: self._full(entry, None) for name, entry in self._named.items()}
 
+    def mean_squared_gradients(self, group: str) -> dict[str, Tensor]:
+        """Return Adam's second moments of one set, without their bias to 0; all ranks call it."""
+        steps = float(self._optimizer.state[self._masters()[0]]["step"])
+        bias = 1 - self._optimizer.param_groups[0]["betas"][1] ** max(1.0, steps)
+        return {
+            name.removeprefix(f"{group}/"): self._full(entry, "exp_avg_sq") / bias
+            for name, entry in self._named.items()
+            if name.startswith(f"{group}/")
+        }
+
     def _full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 

@@ -18,6 +18,7 @@ from mera_ds.features import ENCODE_BATCH, open_data
 from mera_ds.files import write_json
 from mera_ds.identity import base_sha256, product_key, used_plugins
 from mera_ds.log import Metrics, logger
+from mera_ds.merge.fisher import marginals_from_moments
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.build import build_encoders, build_model, move_to
 from mera_ds.model.connectors import Connector
@@ -89,6 +90,7 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
         with Metrics(run, world.is_main) as metrics:
             train_phase(engine, loader, phase, config.execution, world, metrics)
         trained = engine.parameters()
+        moments = engine.mean_squared_gradients(LORA)
         buffers = connector_buffers(model)
     finally:
         engine.close()
@@ -96,7 +98,7 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
         if mine:
             if any(part.percent < 100 for part in step.data):
                 _store_replay_list(folder, config, step.data, mixture)
-            _write(run, config, step, key, start, {**trained, **buffers}, fingerprints)
+            _write(run, config, step, key, start, {**trained, **buffers}, moments, fingerprints)
             remove_checkpoints(folder)
 
 
@@ -178,6 +180,7 @@ def _write(
     key: str,
     start: Path | None,
     trained: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
     fingerprints: Mapping[str, list[str]],
 ) -> None:
     """Write the product: the trained connectors, and the delta if LoRA trained."""
@@ -191,12 +194,14 @@ def _write(
     }
     delta = None
     if LORA in by_set:
+        scale = config.lora.alpha / config.lora.rank
         delta = NewDelta(
             stage=step.stage,
             modality=step.modality,
-            scale=config.lora.alpha / config.lora.rank,
+            scale=scale,
             rank=config.lora.rank,
             tensors=by_set[LORA],
+            fisher=marginals_from_moments(by_set[LORA], moments, scale),
         )
     connectors = {
         modality: by_set[connector_set(modality)]

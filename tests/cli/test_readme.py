@@ -37,6 +37,7 @@ TWO_RUNS = "mera-ds init runs/tiny/expert"
 SHARDS = "mera-ds shards build tiny"
 PUBLISHED = "mera-ds shards build okvqa"
 MERGE = "python launch/merge.py --previous"
+LINEAGE = "mera-ds lineage show"
 OWN_MODALITY = "cp -r examples/imu"
 PAPER = "mera-ds doctor --profile a6000-fp16"
 ANOTHER_BACKBONE = "mera-ds init runs/qwen"
@@ -62,7 +63,7 @@ def inline(first: str) -> str:
 def test_no_block_is_untested() -> None:
     first = (
         *(FIRST_SCREEN, LAUNCHERS, INSTALL, STEPS, TWO_RUNS, SHARDS, PUBLISHED),
-        *(OWN_MODALITY, MERGE, PAPER),
+        *(OWN_MODALITY, MERGE, PAPER, LINEAGE),
     )
     assert [block[0] for block in readme_blocks() if not block[0].startswith(first)] == []
 
@@ -76,6 +77,7 @@ def test_no_command_in_the_text_is_untested() -> None:
         "mera-ds doctor",
         "mera-ds run RUN…",
         "mera-ds add",
+        "mera-ds lineage reweight RUN --method NAME",
     )
     fetching = (
         "mera-ds pocket fetch",
@@ -209,6 +211,17 @@ class TestStepByStep:
     def test_everything_is_done(self, ended: Mapping[str, Ended]) -> None:
         states = [line.split()[1:] for line in ended["mera-ds status"].output.splitlines()[1:]]
         assert states == [["done"]] * 18
+
+    def test_changing_ones_mind_later(self, ended: Mapping[str, Ended], folder: Path) -> None:
+        said = [succeed(command, folder).output for command in readme_block(LINEAGE)]
+        assert "4  pointcloud" in said[0]
+        assert "apply it: mera-ds lineage reweight" in said[1] or "as it stands, the" in said[1]
+        mine = folder / "runs/default/stages/03-audio/reweighted-mine"
+        assert [entry.coefficient for entry in read_manifest(mine).lineage] == ["1", "1/2", "1/2"]
+        assert (mine.parent / "evaluation-reweighted-mine/scores.json").exists()
+        assert "image, video, backbone" in said[4]
+        assert (folder / "build/hf/model.safetensors").exists()
+        assert "PEFT adapter of rank 16" in said[6]
 
     def test_the_report_shows_every_stage(self, ended: Mapping[str, Ended], folder: Path) -> None:
         text = ended["mera-ds report"].output

@@ -115,3 +115,14 @@ def test_the_plan_does_not_depend_on_how_it_is_executed() -> None:
 def test_an_unknown_method_gets_the_nearest() -> None:
     with pytest.raises(InputError, match=r"method 'mear' is unknown; did you mean 'mera'"):
         plan_of("mear")
+
+
+def test_another_merge_method_is_in_the_merge_steps_alone() -> None:
+    settings = ("merge.method=scale", "merge.options.rule=constant")
+    ours, default = plan_of("mera", *settings), plan_of("mera")
+    for mine, theirs in zip(ours.steps, default.steps, strict=True):
+        if isinstance(mine, MergeStep):
+            assert (mine.method, mine.options) == ("scale", {"rule": "constant"})
+            assert mine.coefficient == ""
+        else:
+            assert mine == theirs

@@ -1,0 +1,108 @@
+"""A lineage as one PEFT adapter, for servers that load base + adapter.
+
+    Σ_j w_j · B_j A_j = [w_1 B_1 | w_2 B_2 | …] · [A_1; A_2; …]
+
+so the factors side by side are one adapter whose rank is the sum of the stages', with the
+coefficients folded into B; alpha = rank makes PEFT's own scaling 1. It can be compressed to a lower
+rank by a singular value decomposition in factor space, which is the nearest there is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mera_ds.checkpoint import save_tensors
+from mera_ds.errors import InputError
+from mera_ds.files import committed_folder, require_space, write_json
+from mera_ds.manifest import Manifest
+from mera_ds.merge.export import RECORD, copy_product, lineage_update, record
+from mera_ds.merge.factors import LowRank, compress, norm, total
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What an adapter of a given rank misses of the lineage's update."""
+
+    rank: int
+    """Largest rank of a layer."""
+    relative: float
+    """Norm of what is missing over the norm of the update, over all layers."""
+
+
+def export_adapter(
+    base: Path, product: Path, manifest: Manifest, output: Path, *, rank: int | None = None
+) -> Compression:
+    """Write the whole lineage as one PEFT LoRA adapter in fp32, connectors and manifest beside it.
+
+    Args:
+        base: HF folder of the bare backbone, named in the adapter.
+        product: the model.
+        manifest: its manifest.
+        output: the folder to write; must not exist.
+        rank: compress every layer to at most this rank; None: exact.
+
+    Raises:
+        InputError: if the output exists, or the lineage changes nothing.
+        ResourceError: if the disk is too small.
+    """
+    if output.exists():
+        raise InputError(f"{output} exists; delete it or choose another --out")
+    layers, update = lineage_update(product, manifest)
+    if not layers:
+        raise InputError(f"{product} has no delta that counts; there is no adapter to write")
+    tensors, ranks = {}, {}
+    lost = whole = 0.0
+    for layer in layers:
+        terms = update(layer)
+        assert not isinstance(terms, torch.Tensor)
+        joined = total([LowRank(left.double() * w, right.double()) for w, left, right in terms])
+        if rank is not None and rank < joined.rank:
+            whole += norm(joined) ** 2
+            joined, missed = compress(joined, rank)
+            lost += missed**2
+        ranks[layer] = joined.rank
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = joined.right.float()
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = joined.left.float()
+    require_space(output.parent, sum(t.numel() * 4 for t in tensors.values()) + 50_000_000)
+    found = Compression(max(ranks.values()), (lost / whole) ** 0.5 if whole > 0 else 0.0)
+    with committed_folder(output) as folder:
+        save_tensors(folder / WEIGHTS, tensors)
+        write_json(folder / CONFIG, _config(base, ranks))
+        copy_product(product, manifest, folder)
+        facts = {"rank": found.rank, "relative_error": found.relative}
+        write_json(folder / RECORD, record(manifest, None) | facts)
+    return found
+
+
+def _config(base: Path, ranks: Mapping[str, int]) -> dict[str, Any]:
+    rank = max(ranks.values())
+    others = {layer: own for layer, own in ranks.items() if own != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base.resolve()),
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": _targets(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+
+
+def _targets(ranks: Mapping[str, int]) -> list[str]:
+    """Return the last parts of the layers' names, which is what servers look for.
+
+    A layer of such a name without a delta would only get a zero adapter.
+    """
+    return sorted({layer.rpartition(".")[2] for layer in ranks})

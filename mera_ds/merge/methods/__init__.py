@@ -1,0 +1,86 @@
+"""Merge methods: each a file with its equation and source, all over the same stream of updates.
+
+A method is a function  (updates, layers, options) → one `LayerMerge` per layer.  What it says is
+kept in the lineage as coefficients, as factors that replace the newest delta's, or, where the
+result is dense, as the nearest factors of a stated rank.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, cast
+
+from mera_ds.merge.methods import (
+    cma,
+    dare,
+    ema,
+    fisher,
+    magmax,
+    opcm,
+    scale,
+    slerp,
+    swudi,
+    task_arithmetic,
+    ties,
+)
+from mera_ds.merge.updates import LayerMerge, Update
+from mera_ds.settings import parse, require_known
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A method and what its result is."""
+
+    module: ModuleType
+    result: Literal["coefficients", "factors", "dense"]
+    joint: bool = False
+    """It merges all deltas as they were trained; what earlier merges made of them doesn't count."""
+    warning: str | None = None
+
+
+_ON_LORA = "{} on LoRA deltas can fall below the unmerged model (RobustMerge, arXiv 2502.17159)"
+
+METHODS: Mapping[str, Kind] = {
+    "cma": Kind(cma, "coefficients"),
+    "scale": Kind(scale, "coefficients"),
+    "ema": Kind(ema, "coefficients"),
+    "slerp": Kind(slerp, "coefficients"),
+    "task-arithmetic": Kind(task_arithmetic, "coefficients", joint=True),
+    "fisher": Kind(fisher, "coefficients"),
+    "opcm": Kind(opcm, "factors"),
+    "swudi": Kind(swudi, "factors", joint=True),
+    "ties": Kind(ties, "dense", joint=True, warning=_ON_LORA.format("TIES")),
+    "dare": Kind(dare, "dense", joint=True, warning=_ON_LORA.format("DARE")),
+    "magmax": Kind(magmax, "dense", joint=True),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with its options."""
+
+    name: str
+    kind: Kind
+    options: Any
+
+    def merge(self, updates: Sequence[Update], layers: Sequence[str]) -> Iterator[LayerMerge]:
+        """Merge the newest update, layer by layer; the updates themselves are not changed."""
+        run = cast(Callable[..., Iterator[LayerMerge]], self.kind.module.merge)
+        return run(updates, layers, self.options)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank at which a lineage keeps a dense result; None: the sum of the deltas'."""
+        found: int | None = getattr(self.options, "rank", None)
+        return found
+
+
+def open_method(name: str, options: Mapping[str, Any]) -> Method:
+    """Return a method by name.
+
+    Raises:
+        InputError: if the method or an option is unknown or out of range.
+    """
+    require_known(name, METHODS, "merge method")
+    kind = METHODS[name]
+    return Method(name, kind, parse(kind.module.Options, options, f"merge method {name}"))

@@ -1,0 +1,73 @@
+"""Spherical interpolation (Shoemake 1985) between the updates before and after the newest stage.
+
+With τ = Σ_{j<i} c_j Δ_j, τ' = τ + Δ_i, Ω the angle between them and t = 1/i:
+
+    slerp(τ, τ'; t) = sin((1−t)Ω)/sin Ω · τ + sin(tΩ)/sin Ω · τ'
+
+So older coefficients are multiplied by the sum of both factors and the newest is the second one.
+Unlike an average, it keeps the length of the update. It acts on updates, not on weights: weights
+before and after a stage are so nearly parallel that slerp of them is their average.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mera_ds.merge.factors import LowRank, inner
+from mera_ds.merge.methods.base import require_share
+from mera_ds.merge.updates import LayerMerge, Update, present
+
+PARALLEL = 1e-6
+"""Below this angle (rad) the interpolation is linear: the factors differ from it by Ω²/6."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where between the two."""
+
+    t: float | None = None
+    """Share of the newest stage; default 1/i."""
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.t is not None:
+            require_share("t", self.t)
+
+
+def merge(
+    updates: Sequence[Update], layers: Sequence[str], options: Options
+) -> Iterator[LayerMerge]:
+    """Interpolate in every layer by itself."""
+    share = 1 / len(updates) if options.t is None else options.t
+    for layer in layers:
+        older = [float(update.coefficient_of(layer)) for update in updates[:-1]]
+        first, second = interpolate(present(updates, layer), older, share)
+        yield LayerMerge(layer, (*[factor * (first + second) for factor in older], second))
+
+
+def interpolate(
+    deltas: Sequence[LowRank], older: Sequence[float], share: float
+) -> tuple[float, float]:
+    """Return the factors of τ and τ'.
+
+    Args:
+        deltas: of all stages, the newest last.
+        older: coefficients of all but the newest.
+        share: t.
+    """
+    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    for row, one in enumerate(deltas):
+        for column, other in enumerate(deltas[: row + 1]):
+            gram[row, column] = gram[column, row] = inner(one, other)
+    before, after = (torch.tensor([*older, last]).double() for last in (0.0, 1.0))
+    lengths = float((before @ gram @ before) * (after @ gram @ after)) ** 0.5
+    if lengths == 0:
+        return 1 - share, share
+    angle = math.acos(max(-1.0, min(1.0, float(before @ gram @ after) / lengths)))
+    # Opposite updates have no shortest way between them.
+    if angle < PARALLEL or math.pi - angle < PARALLEL:
+        return 1 - share, share
+    first, second = math.sin((1 - share) * angle), math.sin(share * angle)
+    return first / math.sin(angle), second / math.sin(angle)
