@@ -109,6 +109,10 @@ def _checkpoint_folder(run: Path, step: TrainStep) -> Path:
 @torch.no_grad()
 def fit_connector(model: MultimodalLM, part: MixturePart, modality: str) -> None:
     """Give a fresh connector the statistics of its training features (the first media's)."""
+    connector = model.connectors[modality]
+    assert isinstance(connector, Connector)
+    if not connector.fits_data:
+        return
     media = {(unit.reader, unit.medium): unit for unit in part.units}
     units = list(media.values())[:FIT_MEDIA]
     rows: list[Tensor] = []
@@ -116,8 +120,6 @@ def fit_connector(model: MultimodalLM, part: MixturePart, modality: str) -> None
         samples = [part.reader.read(unit) for unit in units[start : start + ENCODE_BATCH]]
         features = model.encode(samples)
         rows += [row[real] for row, real in zip(features.values, features.mask, strict=True)]
-    connector = model.connectors[modality]
-    assert isinstance(connector, Connector)
     features = pad_features(rows).to(model.device, torch.float32)
     connector.fit(features.values, features.mask)
 

@@ -84,6 +84,11 @@ class Connector(nn.Module):
         self.feature_dim = feature_dim
         self.norm = NORMS[options.norm](feature_dim)
 
+    @property
+    def fits_data(self) -> bool:
+        """Whether `fit` changes anything; a kind with a `fit` of its own says so here."""
+        return isinstance(self.norm, ChannelNorm)
+
     def fit(self, values: Tensor, mask: Tensor) -> None:
         """Prepare a fresh connector for real features, if the option `norm: data` asks for it.
 
