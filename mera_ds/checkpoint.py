@@ -291,8 +291,9 @@ def hash_backbone(folder: Path, memory: Path) -> str:
 def remembered_sha256(path: Path, memory: Path) -> str:
     """Return a file's SHA-256, or that of a folder's files; computed once per state of the file."""
     if path.is_dir():
-        files = sorted(entry for entry in path.rglob("*") if entry.is_file())
-        return sha256_json({entry.name: remembered_sha256(entry, memory) for entry in files})
+        names = sorted(str(entry.relative_to(path)) for entry in path.rglob("*") if entry.is_file())
+        visible = [name for name in names if not name.startswith(".")]  # a hub's notes are not
+        return sha256_json({name: remembered_sha256(path / name, memory) for name in visible})
     status = path.stat()
     stamp = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
     remembered = read_json(memory) if memory.exists() else {}

@@ -17,7 +17,7 @@ from mera_ds.checkpoint import save_tensors
 from mera_ds.config import RunConfig, cache_folder
 from mera_ds.data.dataset import MediaCache, ModalityData, UnitReader, UnitRef
 from mera_ds.data.prompts import PromptBuilder
-from mera_ds.distributed import World, gather
+from mera_ds.distributed import World, gather, share
 from mera_ds.errors import DataError
 from mera_ds.files import committed_folder
 from mera_ds.identity import data_folders
@@ -72,19 +72,30 @@ class FeatureStore:
         self._files: dict[Path, tuple[Tensor, Tensor]] = {}
 
     def compute_missing(self, world: World) -> None:
-        """Encode every medium that has no features yet; the ranks share the tars."""
-        todo = [
-            (number, shard)
-            for number, reader in enumerate(self._data.readers)
-            for shard in range(len(reader.index.shards))
-            if len(reader.usable(shard)) and not self._folder(number, shard).exists()
-        ]
+        """Encode every medium that has no features yet; the ranks share the tars.
+
+        What is still missing then, on a node whose cache is its own, the node's first rank encodes.
+        """
+        todo = share(self._missing())
         if todo:
             media = sum(len(self._data.readers[n].usable(s)) for n, s in todo)
             logger.info("%s: encoding %d media once", self._data.modality, media)
         for number, shard in todo[world.rank :: world.size]:
             self._encode(number, shard, world.device)
         gather(None)
+        if world.local_rank == 0:
+            for number, shard in self._missing():
+                self._encode(number, shard, world.device)
+        gather(None)
+
+    def _missing(self) -> list[tuple[int, int]]:
+        """Return reader and number of every tar whose features this machine does not have."""
+        return [
+            (number, shard)
+            for number, reader in enumerate(self._data.readers)
+            for shard in range(len(reader.index.shards))
+            if len(reader.usable(shard)) and not self._folder(number, shard).exists()
+        ]
 
     def load(self, unit: UnitRef) -> Tensor:
         """Return the features (N, D) of a unit's medium."""

@@ -52,8 +52,9 @@ def lint(arguments: argparse.Namespace) -> None:
     if arguments.quarantine:
         _quarantine(folders, kinds)
         return
-    problems = [problem for folder in folders for problem in _lint_folder(folder, kinds, fit)]
-    problems += _overlaps(folders)
+    found = {folder: _lint_folder(folder, kinds, fit) for folder in folders}
+    problems = [problem for entries in found.values() for problem in entries]
+    problems += _overlaps([folder for folder, entries in found.items() if not entries])
     for problem in problems:
         print(f"  {problem}")
     if problems:
@@ -79,7 +80,7 @@ def _lint_folder(folder: Path, kinds: Mapping[str, str], fit: "RunFit | None") -
 
 
 def _overlaps(folders: Sequence[Path]) -> list[str]:
-    """Return what two splits of one dataset have in common."""
+    """Return what two splits of one dataset have in common; the folders are sound in themselves."""
     from mera_ds.shards.lint import lint_pair
 
     return [

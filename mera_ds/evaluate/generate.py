@@ -58,21 +58,23 @@ def predict(
 ) -> list[Prediction]:
     """Generate greedily for all items, in batches of similar prompt length.
 
+    Media are read batch by batch: those of a whole test set would not fit in memory.
+
     `end_ids` are tokens that end a text beside the tokenizer's own (`PromptBuilder.end_ids`).
     """
-    samples = [reader.read(item.unit, supervised=False) for item in items]
-    order = sorted(range(len(items)), key=lambda number: len(samples[number].suffix_ids))
+    lengths = [len(reader.pieces(item.unit, supervised=False).suffix) for item in items]
+    order = sorted(range(len(items)), key=lengths.__getitem__)
     texts = [""] * len(items)
     for start in range(0, len(order), config.batch_size):
         chosen = order[start : start + config.batch_size]
-        batch = [samples[n] for n in chosen]
+        batch = [reader.read(items[n].unit, supervised=False) for n in chosen]
         said = model.generate(batch, config.max_new_tokens, tokenizer, end_ids)
         for number, text in zip(chosen, said, strict=True):
             texts[number] = text
     logger.info("%s: %d predictions", data.modality, len(items))
     return [
-        Prediction(sample.id, item.question, item.references, text)
-        for sample, item, text in zip(samples, items, texts, strict=True)
+        Prediction(data.unit_id(item.unit), item.question, item.references, text)
+        for item, text in zip(items, texts, strict=True)
     ]
 
 

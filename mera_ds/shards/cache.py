@@ -6,6 +6,7 @@ least recently used tars that nobody holds are removed before the limit would be
 download keeps its place (and counts in full) and is continued.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -92,7 +93,7 @@ class TarCache:
         """Remove tars, the least recently used first, until `size` bytes more fit."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
-            files = sorted(self._files(), key=lambda path: path.stat().st_atime_ns)
+            files = self._files()
             excess = sum(map(_size, files)) + size - self.limit
             for path in files:
                 if excess <= 0:
@@ -108,7 +109,12 @@ class TarCache:
             time.sleep(0.05)
 
     def _files(self) -> list[Path]:
-        return [*self.folder.glob("*.tar"), *self.folder.glob(f"*{TEMPORARY}")]
+        """Return all tars, the least recently used first; others may be renaming some of them."""
+        used = []
+        for path in [*self.folder.glob("*.tar"), *self.folder.glob(f"*{TEMPORARY}")]:
+            with contextlib.suppress(FileNotFoundError):
+                used.append((path.stat().st_atime_ns, path))
+        return [path for _, path in sorted(used)]
 
 
 def _size(path: Path) -> int:

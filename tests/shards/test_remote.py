@@ -12,6 +12,7 @@ import pytest
 from mera_ds.data.dataset import ModalityData
 from mera_ds.errors import DataError, InputError, ResourceError
 from mera_ds.shards import remote
+from mera_ds.shards.cache import TarCache
 from mera_ds.shards.format import read_index
 from mera_ds.shards.reader import Reading, ShardReader
 from mera_ds.shards.remote import is_url, mirror
@@ -155,13 +156,18 @@ def test_the_cache_stays_within_its_limit(server: Server, tmp_path: Path) -> Non
 
 def test_a_tar_in_use_is_not_removed(server: Server, tmp_path: Path) -> None:
     reader = open_remote(server, tars=1.5)
-    with reader._open(0):
+    tar = reader.index.shards[0]
+    cache = TarCache(int(1.5 * TAR))
+    descriptor = cache.open(f"{url(server)}/train/{tar.name}", tar.bytes, tar.sha256)
+    try:
         (held,) = cached(tmp_path)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("mera_ds.shards.cache.PATIENCE_SECONDS", 0.1)
             with pytest.raises(ResourceError, match="all tars are in use"):
                 reader.read_media(COUNT - 1)
         assert held.exists()
+    finally:
+        os.close(descriptor)
     assert reader.read_media(COUNT - 1) == EXPECTED[-1]
     assert not held.exists()
 
