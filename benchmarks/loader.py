@@ -356,8 +356,7 @@ def table(result: dict[str, Any]) -> str:
 
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -376,14 +375,13 @@ def main() -> None:
         return
     make_data(arguments.data, arguments.images, arguments.clips)
     assert_equal(arguments.data)
-    commit = _commit()
     load = f"load {os.getloadavg()[0]:.1f} at start"
     found = compare(arguments.data, arguments.repeats)
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
         f"{psutil.virtual_memory().total / 1e9:.0f} GB, torch {torch.__version__}, "
         f"webdataset {webdataset.__version__}",
-        "commit": commit,
+        "commit": _commit(),
         "load": load,
         "repeats": arguments.repeats,
         "images": arguments.images,
