@@ -134,7 +134,10 @@ def _check_split(folder: Path, modality: str) -> str:
             raise DataError(f"it holds modality '{index.modality}', not '{modality}'")
         reader.require_whole()
     size = sum(shard.bytes for shard in index.shards)
-    return f"{index.counts['samples']} media, {index.counts['texts']} texts, {size_text(size)}"
+    counts = index.usable_counts
+    lost = index.counts["samples"] - counts["samples"]
+    left_out = f", {lost} media in quarantine" if lost else ""
+    return f"{counts['samples']} media, {counts['texts']} texts, {size_text(size)}{left_out}"
 
 
 def _comes_later(text: str, run: Path | None) -> bool:

@@ -21,6 +21,7 @@ from mera_ds.config import RunConfig, load_config, load_profile
 from mera_ds.doctor import Finding, environment, examine, missing_paths, weights
 from mera_ds.files import sha256_file
 from mera_ds.shards import remote
+from mera_ds.shards.damage import quarantine_folder
 
 MakeRun = Callable[..., Path]
 COMPONENTS = (
@@ -198,6 +199,18 @@ class TestWrong:
         ((name, (state, said)),) = bad(config).items()
         assert (name, state) == ("audio shards audio/train", "wrong")
         assert "audio/train/00000.tar has " in said
+
+    def test_a_tar_that_is_cut_off_and_in_quarantine(self, config: RunConfig, place: Path) -> None:
+        train = place / "shards/audio/train"
+        whole = (train / "00000.tar").read_bytes()
+        (train / "00000.tar").write_bytes(whole[: len(whole) // 2])
+        lost = len(quarantine_folder(train).samples)
+        assert lost > 0
+        found = by_name(config)["audio shards audio/train"]
+        assert found.state == "found"
+        assert found.detail.endswith(f", {lost} media in quarantine")
+        (train / "00000.tar").write_bytes(whole)
+        assert "its quarantine says" in bad(config)["audio shards audio/train"][1]
 
     def test_shards_of_another_modality(self, config: RunConfig, place: Path) -> None:
         shutil.rmtree(place / "shards/audio")
