@@ -37,9 +37,8 @@ def text_problems(
             sample = reader.samples[position]
             for text in reader.read_texts(position):
                 where = f"{folder}: {sample.key}#{text.id}"
-                question = caption_prompt if text.task == "caption" else text.question
                 try:
-                    row = prompts.build(question, text.answers[0], where)
+                    row = prompts.build_text(text, caption_prompt, where)
                 except DataError as error:
                     problems.append(str(error))
                     continue
