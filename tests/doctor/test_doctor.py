@@ -9,6 +9,7 @@ import pytest
 import torch
 from chat_backbones import write_backbone
 from http_server import serving
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -24,6 +25,7 @@ from mera_ds.shards import remote
 from mera_ds.shards.damage import quarantine_folder
 
 MakeRun = Callable[..., Path]
+BACKBONE = "backbone.path={weights}/llama"
 COMPONENTS = (
     'modalities.image.encoder={kind: clip-vit, weights: "{weights}/clip"}',
     'modalities.video.encoder={kind: clip-vit-frames, weights: "{weights}/clip"}',
@@ -67,11 +69,7 @@ def place(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def config() -> RunConfig:
-    backbone = (
-        "backbone.path={weights}/llama",
-        "modalities.pointcloud.data=['{shards}/pointcloud']",
-    )
-    return load_profile("tiny", [*backbone, *COMPONENTS, *DATA])
+    return load_profile("tiny", [BACKBONE, *COMPONENTS, *DATA])
 
 
 def by_name(config: RunConfig, run: Path | None = None) -> dict[str, Finding]:
@@ -101,6 +99,26 @@ class TestWhole:
         assert "SHA-256 as published" in found["audio encoder (beats)"].detail
         assert "media" in found["audio shards audio/train"].detail
         assert len([name for name in found if "shards" in name]) == 4 * 2
+
+    def test_another_audio_file_may_be_used(self, config: RunConfig, place: Path) -> None:
+        torch.save({"model": {"a": torch.zeros(64)}}, place / "weights/beats.pt")
+        assert bad(config) == {}
+        detail = by_name(config)["audio encoder (beats)"].detail
+        assert "not the published AS2M file" in detail
+
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_a_bert_in_torchs_format(self, config: RunConfig, place: Path, alone: bool) -> None:
+        folder = place / "weights/bert"
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        if alone:
+            (folder / "pytorch_model.bin").rename(place / "bert.bin")
+            shutil.rmtree(folder)
+            (place / "bert.bin").rename(place / "weights/bert.bin")
+            weights = 'modalities.audio.connector={kind: qformer, weights: "{weights}/bert.bin"}'
+            config = load_profile("tiny", [BACKBONE, *COMPONENTS, *DATA, weights])
+        assert bad(config) == {}
+        assert ".bin, " in by_name(config)["audio connector (qformer)"].detail
 
     def test_what_init_makes_comes_later(self, cache: Path) -> None:
         states = {entry.state for entry in examine(load_profile("tiny"), None)}
@@ -141,7 +159,7 @@ class TestMissing:
             ("llama/chat_template.jinja", "backbone: tokenizer", "no chat template"),
             ("clip/model.safetensors", "image encoder", "it holds none of model.safetensors"),
             ("clip/config.json", "image encoder", "config.json is missing"),
-            ("bert/model.safetensors", "audio connector", "model.safetensors is missing"),
+            ("bert/model.safetensors", "audio connector", "it holds none of model.safetensors"),
             ("beats.pt", "audio encoder (beats)", "it does not exist"),
         ],
     )
@@ -223,14 +241,6 @@ class TestWrong:
         folder = place / "weights"
         shutil.copy(folder / "bert/model.safetensors", folder / "clip/model.safetensors")
         assert "holds no tensor 'embeddings.class_embedding'" in next(iter(bad(config).values()))[1]
-
-    def test_an_audio_file_that_is_not_the_published_one(
-        self, config: RunConfig, place: Path
-    ) -> None:
-        torch.save({"model": {"a": torch.zeros(64)}}, place / "weights/beats.pt")
-        ((_, (state, said)),) = bad(config).items()
-        assert state == "wrong"
-        assert "not BEATs_iter3_plus_AS2M.pt as published" in said
 
     def test_an_architecture_that_is_no_language_model(
         self, config: RunConfig, place: Path
