@@ -23,6 +23,7 @@ from mera_ds.files import committed_folder
 from mera_ds.identity import data_folders
 from mera_ds.log import logger
 from mera_ds.model.encoders import Encoder
+from mera_ds.registry import plugin_errors
 from mera_ds.shards.reader import Reading
 
 ENCODE_BATCH = 16
@@ -43,7 +44,8 @@ def open_data(
     Every rank must call it.
 
     Raises:
-        InputError: if the shards are missing or hold another modality.
+        InputError: if the shards are missing or hold another modality, or a plugin's code fails
+            on a medium, naming it.
         DataError: if a medium can't be decoded, naming it.
     """
     execution = config.execution
@@ -53,7 +55,7 @@ def open_data(
     if execution.features == "online":
 
         def load(unit: UnitRef) -> Tensor:
-            return encoder.transform(data.medium(unit, encoder.media))
+            return transform(encoder, data, unit)
 
         kept = MediaCache(load, execution.media_cache_mb * 1_000_000)
         media = kept if data.media_return else load
@@ -61,6 +63,18 @@ def open_data(
     store = FeatureStore(data, encoder)
     store.compute_missing(world)
     return data, UnitReader(data, settings, prompts, store.load, encoded=True)
+
+
+def transform(encoder: Encoder, data: ModalityData, unit: UnitRef) -> Tensor:
+    """Return a unit's medium as the encoder's network takes it.
+
+    Raises:
+        InputError: if the encoder's code fails on it, naming it.
+        DataError: if it can't be decoded, naming it.
+    """
+    medium = data.medium(unit, encoder.media)
+    with plugin_errors(f"{data.unit_id(unit)} can't be encoded"):
+        return encoder.transform(medium)
 
 
 class FeatureStore:
@@ -135,7 +149,8 @@ class FeatureStore:
 
     def _features(self, units: list[UnitRef], device: str) -> list[Tensor]:
         """Return the real feature tokens (N_b, D) of some media, fp32, on the CPU."""
-        media = [self._data.medium(unit, self._encoder.media) for unit in units]
-        inputs = [self._encoder.transform(medium).to(device) for medium in media]
-        features = self._encoder(inputs).to("cpu", torch.float32)
+        inputs = [transform(self._encoder, self._data, unit).to(device) for unit in units]
+        first, last = self._data.unit_id(units[0]), self._data.unit_id(units[-1])
+        with plugin_errors(f"the media {first} to {last} can't be encoded"):
+            features = self._encoder(inputs).to("cpu", torch.float32)
         return [row[real] for row, real in zip(features.values, features.mask, strict=True)]

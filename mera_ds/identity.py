@@ -19,7 +19,7 @@ from mera_ds.plan import LORA, MergeStep, Plan, Step, TrainStep
 from mera_ds.registry import CONNECTOR, ENCODER, defining_plugins
 from mera_ds.settings import dump
 from mera_ds.shards.format import read_index
-from mera_ds.shards.remote import is_url, mirror
+from mera_ds.shards.remote import data_folder
 
 _TOKENIZER_FILES = ("*token*.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 
@@ -39,10 +39,7 @@ def data_folders(config: RunConfig, run: Path, modality: str) -> list[Path]:
 
     For a URL it is the local folder that stands for it.
     """
-    return [
-        mirror(text) if is_url(text) else resolve_path(text, run)
-        for text in config.modalities[modality].data
-    ]
+    return [data_folder(text, run) for text in config.modalities[modality].data]
 
 
 def product_key(config: RunConfig, run: Path, plan: Plan, step: Step) -> str:

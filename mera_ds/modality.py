@@ -36,6 +36,7 @@ from mera_ds.model.encoders import ENCODERS, Encoder
 from mera_ds.plan import Plan, load_plan, save_plan
 from mera_ds.registry import copy_plugins, find_plugins, keep_plugins, load_plugins, plugin_errors
 from mera_ds.settings import parse, read_yaml, require_known
+from mera_ds.shards.remote import is_url
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 
@@ -110,7 +111,7 @@ def _with_absolute_weights(component: ComponentConfig, base: Path) -> ComponentC
 
 
 def _absolute(text: str, base: Path) -> str:
-    if text.startswith(("{", "~", "/")):
+    if text.startswith(("{", "~", "/")) or is_url(text):
         return text
     folder = str(base.resolve()).replace("{", "{{").replace("}", "}}")
     return f"{folder}/{text}"

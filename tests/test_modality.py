@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from cli.commands import listing
+from http_server import serving
 
 from mera_ds.cli import main
 from mera_ds.config import REPOSITORY, load_config
@@ -95,6 +96,14 @@ class TestAdding:
         del rest["imu"]
         undone = dataclasses.replace(after, order=("image",), modalities=rest, plugins=())
         assert undone == before
+
+    def test_its_shards_may_be_a_url(
+        self, short: Path, own: Path, changed: Changed, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MERA_CACHE", str(own / "cache"))
+        with serving(own / "shards") as url:
+            add_modality(short, changed(data=[url]))
+        assert load_config(short).modalities["imu"].data == (url,)
 
     def test_keys_of_earlier_steps_stay(
         self, make_tiny_run: Callable[..., Path], own: Path

@@ -9,6 +9,7 @@ from mera_ds.cli.launch import DEFAULT_RUN
 from mera_ds.config import RunConfig, load_config, load_profile, resolve_path
 from mera_ds.errors import InputError
 from mera_ds.registry import load_plugins
+from mera_ds.shards.remote import data_folder
 
 
 class RunFit:
@@ -63,7 +64,7 @@ class RunFit:
 
     def _data(self, modality: str) -> Sequence[Path]:
         data = self._config.modalities[modality].data
-        return [resolve_path(text, self._run) for text in data]
+        return [data_folder(text, self._run) for text in data]
 
     @functools.cached_property
     def _backbone(self) -> Path:

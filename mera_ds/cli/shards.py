@@ -64,14 +64,19 @@ def lint(arguments: argparse.Namespace) -> None:
 def _lint_folder(folder: Path, kinds: Mapping[str, str], fit: "RunFit | None") -> list[str]:
     """Check one shard set, print how it is, and return its problems."""
     from mera_ds.shards.lint import lint as lint_folder
+    from mera_ds.shards.remote import source_url
 
     decoder = _decoder(folder, kinds)
-    problems = lint_folder(folder, decoder)
+    url = source_url(folder)
+    problems = lint_folder(folder, decoder) if url is None else []
     used = fit is not None and fit.uses(folder)
     if fit and used and not problems:
         problems = fit.problems(folder)
     fits = " and fits the run" if used else ""
-    print(f"{folder}: {'sound' + fits if not problems else f'{len(problems)} problems'}")
+    print(f"{url or folder}: {'sound' + fits if not problems else f'{len(problems)} problems'}")
+    if url is not None:
+        print("  only its index and texts were examined; lint its tars and media where they lie")
+        return problems
     if fit and not used:
         print("  it is none of the run's shard sets: its texts were not compared with the run")
     if decoder is None:
@@ -80,12 +85,14 @@ def _lint_folder(folder: Path, kinds: Mapping[str, str], fit: "RunFit | None") -
 
 
 def _overlaps(folders: Sequence[Path]) -> list[str]:
-    """Return what two splits of one dataset have in common; the folders are sound in themselves."""
+    """Return what two splits of one dataset have in common; of remote ones nothing is fetched."""
     from mera_ds.shards.lint import lint_pair
+    from mera_ds.shards.remote import source_url
 
+    local = [folder for folder in folders if source_url(folder) is None]
     return [
         problem
-        for first, second in combinations(folders, 2)
+        for first, second in combinations(local, 2)
         if first.parent == second.parent
         for problem in lint_pair(first, second)
     ]
@@ -118,8 +125,11 @@ def _quarantine(folders: Sequence[Path], kinds: Mapping[str, str]) -> None:
     """Write each folder's quarantine and print what is left out."""
     from mera_ds.shards.damage import quarantine_folder
     from mera_ds.shards.format import read_index
+    from mera_ds.shards.remote import source_url
 
     for folder in folders:
+        if (url := source_url(folder)) is not None:
+            raise InputError(f"{url} can't be changed from here; put it in quarantine there")
         found = quarantine_folder(folder, _decoder(folder, kinds))
         total = read_index(folder).counts["samples"]
         print(f"{folder}: {len(found.samples)} of {total} samples in quarantine")
@@ -155,8 +165,12 @@ def preview(arguments: argparse.Namespace) -> None:
 
 
 def _shard_folders(roots: Sequence[Path]) -> list[Path]:
+    from mera_ds.shards.remote import refresh
+
     folders: list[Path] = []
     for root in roots:
+        for split in ("train", "test"):
+            refresh(root / split)
         found = sorted(path.parent for path in root.rglob("index.json"))
         if not found:
             raise InputError(f"{root} holds no shard set (no index.json below it)")

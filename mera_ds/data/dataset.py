@@ -18,7 +18,7 @@ from mera_ds.config import ModalityConfig
 from mera_ds.data.prompts import PromptBuilder, TokenPieces
 from mera_ds.data.units import LazySequence, UnitList
 from mera_ds.data.units import UnitRef as UnitRef
-from mera_ds.errors import DataError, InputError
+from mera_ds.errors import InputError
 from mera_ds.media import decode
 from mera_ds.shards.format import TASKS, Text, TextInfo
 from mera_ds.shards.reader import Reading, ShardReader
@@ -191,13 +191,8 @@ class UnitReader:
 
     def pieces(self, unit: UnitRef, supervised: bool = True) -> TokenPieces:
         """Return the token ids of a unit's text, without touching its medium."""
-        where = self._data.unit_id(unit)
-        text = self._data.text(unit)
-        if not text.answers:
-            raise DataError(f"{where} has no answer; rebuild the shard set")
-        caption = text.task == "caption"
-        question = self._caption_prompt if caption else self._prompts.ask(text.question)
-        return self._prompts.build(question, text.answers[0] if supervised else None, where)
+        text, where = self._data.text(unit), self._data.unit_id(unit)
+        return self._prompts.build_text(text, self._caption_prompt, where, supervised)
 
     def read(self, unit: UnitRef, supervised: bool = True) -> Sample:
         """Return a sample, with its answer (training) or without (generation)."""

@@ -19,6 +19,8 @@ def text_problems(
 ) -> list[str]:
     """Return one line for each text of a complete shard folder that a run can't use.
 
+    What is in quarantine is left out, as in training.
+
     The rows are those of training: prefix, medium, suffix, answer, end. Labels stand on answer
     and end alone, so a text is good if its answer has a token, and if the row fits.
 
@@ -31,12 +33,12 @@ def text_problems(
     """
     problems = []
     with ShardReader(folder) as reader:
-        for position, sample in enumerate(reader.samples):
+        for position in reader.index.usable.tolist():
+            sample = reader.samples[position]
             for text in reader.read_texts(position):
                 where = f"{folder}: {sample.key}#{text.id}"
-                question = caption_prompt if text.task == "caption" else text.question
                 try:
-                    row = prompts.build(question, text.answers[0], where)
+                    row = prompts.build_text(text, caption_prompt, where)
                 except DataError as error:
                     problems.append(str(error))
                     continue

@@ -11,6 +11,7 @@ import jinja2
 
 from mera_ds.config import PromptConfig
 from mera_ds.errors import DataError, InputError
+from mera_ds.shards.format import Text
 
 MEDIUM = "\ue000"
 """A private-use character that stands for the medium while the chat template is rendered."""
@@ -96,6 +97,25 @@ class PromptBuilder:
                 raise DataError(f"{where}: the answer {answer!r} has no token to learn from")
             target = (*target, *self._end)
         return TokenPieces(prefix, self._ids(suffix), target)
+
+    def build_text(
+        self, text: Text, caption_prompt: str, where: str, supervised: bool = True
+    ) -> TokenPieces:
+        """Return the token ids of a shard set's text: a caption's instruction, or a question.
+
+        Args:
+            text: the text; its first answer is learned.
+            caption_prompt: the modality's instruction for captions.
+            where: name of the sample, for messages.
+            supervised: with the answer (training), or without (generation).
+
+        Raises:
+            DataError: if the text has no answer, or one without a token.
+        """
+        if not text.answers:
+            raise DataError(f"{where} has no answer; rebuild the shard set")
+        question = caption_prompt if text.task == "caption" else self.ask(text.question)
+        return self.build(question, text.answers[0] if supervised else None, where)
 
     def ask(self, question: str) -> str:
         """Return a question of the task QA with the configured request for a short answer."""

@@ -6,10 +6,12 @@ from pathlib import Path
 from mera_ds.config import RunConfig, resolve_path
 from mera_ds.doctor.backbone import examine_backbone
 from mera_ds.doctor.files import size_text
-from mera_ds.doctor.findings import Finding, look
+from mera_ds.doctor.findings import Finding, describe, look
 from mera_ds.doctor.weights import OFFICIAL, POCKET, UNKNOWN, Official
-from mera_ds.errors import DataError
-from mera_ds.shards.format import INDEX_NAME, read_index
+from mera_ds.errors import DataError, InputError
+from mera_ds.shards.format import INDEX_NAME
+from mera_ds.shards.reader import ShardReader
+from mera_ds.shards.remote import data_folder, is_url, mirror, refresh, source_url
 
 SPLITS = ("train", "test")
 POCKET_PLACE = "{cache}/pocket/"
@@ -30,17 +32,32 @@ def examine(config: RunConfig, run: Path | None) -> list[Finding]:
     return findings
 
 
-def missing_paths(config: RunConfig, run: Path) -> list[Path]:
-    """Return what a run reads and is not there, without looking into anything."""
+def missing_paths(config: RunConfig, run: Path) -> list[Path | str]:
+    """Return what a run reads and is not there (a path or URL), without looking into anything."""
     texts = [config.backbone.path]
-    folders = []
+    data: list[str] = []
     for entry in config.modalities.values():
         parts = (entry.encoder, entry.connector)
         texts += [part.weights for part in parts if part.weights is not None]
-        folders += [resolve_path(text, run) / split for text in entry.data for split in SPLITS]
-    indexes = [folder / INDEX_NAME for folder in folders]
-    paths = [*(resolve_path(text, run) for text in texts), *indexes]
-    return [path for path in paths if not path.exists()]
+        data += entry.data
+    paths = [resolve_path(text, run) for text in texts]
+    folders = [data_folder(text, run) / split for text in data for split in SPLITS]
+    indexes = [_place(folder, INDEX_NAME) for folder in folders if not _has_index(folder)]
+    return [*(path for path in paths if not path.exists()), *indexes]
+
+
+def _has_index(folder: Path) -> bool:
+    try:
+        refresh(folder)
+    except (InputError, DataError):
+        return False
+    return (folder / INDEX_NAME).exists()
+
+
+def _place(folder: Path, name: str) -> Path | str:
+    """Return where a file of a shard folder is looked for."""
+    url = source_url(folder)
+    return folder / name if url is None else f"{url}/{name}"
 
 
 def _backbone(config: RunConfig, run: Path | None) -> list[Finding]:
@@ -76,6 +93,8 @@ def _components(config: RunConfig, run: Path | None) -> list[Finding]:
 def _shards(config: RunConfig, run: Path | None, modality: str, text: str) -> list[Finding]:
     if _comes_later(text, run):
         return [_later(f"{modality} shards", text)]
+    if is_url(text):
+        return _remote_shards(modality, text)
     folder = resolve_path(text, run or Path())
     source = f"mera-ds shards build {folder.name} --source DIR --out {folder.parent}"
     if "{repository}" in text:
@@ -89,20 +108,36 @@ def _shards(config: RunConfig, run: Path | None, modality: str, text: str) -> li
     ]
 
 
+def _remote_shards(modality: str, url: str) -> list[Finding]:
+    """Look at the indexes behind a URL; the tars are fetched and checked when they are read."""
+    url = url.rstrip("/")
+    source = f"its server; otherwise correct modalities.{modality}.data"
+    return [
+        describe(
+            f"{modality} shards {url.rpartition('/')[2]}/{split}",
+            f"{url}/{split}",
+            source,
+            partial(_check_remote_split, url, split, modality),
+        )
+        for split in SPLITS
+    ]
+
+
+def _check_remote_split(url: str, split: str, modality: str) -> str:
+    return _check_split(mirror(url) / split, modality)
+
+
 def _check_split(folder: Path, modality: str) -> str:
-    index = read_index(folder)
-    if index.modality != modality:
-        raise DataError(f"it holds modality '{index.modality}', not '{modality}'")
-    for shard in index.shards:
-        path = folder / shard.name
-        size = path.stat().st_size if path.exists() else 0
-        if size != shard.bytes:
-            raise DataError(
-                f"{shard.name} has {size} bytes, its index says {shard.bytes}; build it again"
-            )
-    texts = sum(len(sample.texts) for sample in index.samples)
+    with ShardReader(folder) as reader:
+        index = reader.index
+        if index.modality != modality:
+            raise DataError(f"it holds modality '{index.modality}', not '{modality}'")
+        reader.require_whole()
     size = sum(shard.bytes for shard in index.shards)
-    return f"{len(index.samples)} media, {texts} texts, {size_text(size)}"
+    counts = index.usable_counts
+    lost = index.counts["samples"] - counts["samples"]
+    left_out = f", {lost} media in quarantine" if lost else ""
+    return f"{counts['samples']} media, {counts['texts']} texts, {size_text(size)}{left_out}"
 
 
 def _comes_later(text: str, run: Path | None) -> bool:

@@ -1,7 +1,6 @@
 """Weight files by their headers: complete or not, and which tensors they hold."""
 
 import json
-import os
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -124,8 +123,3 @@ def require_shapes(found: Shapes, wanted: Shapes, prefixes: tuple[str, ...], nam
         got = found.get(f"{prefix}{tensor}")
         if got != shape:
             raise DataError(f"{name}: '{tensor}' has shape {got}, expected {shape}")
-
-
-def folder_size(folder: Path) -> int:
-    """Return the bytes of the files in a folder, not below it."""
-    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())

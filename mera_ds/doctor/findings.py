@@ -15,8 +15,8 @@ class Finding:
     """A file or folder that is needed."""
 
     what: str
-    path: Path
-    """Where it was looked for."""
+    path: Path | str
+    """Where it was looked for; of what lies elsewhere, the URL."""
     state: State
     """`later`: it will be made by `mera-ds init`."""
     detail: str
@@ -40,13 +40,22 @@ def look(what: str, path: Path, source: str, check: Callable[[Path], str]) -> Fi
         check: describes a sound one; raises `InputError` if something is missing in it and
             `DataError` if something is wrong with it.
     """
-    state: State = "found"
-    try:
+
+    def described() -> str:
         if not path.exists():
             raise InputError("it does not exist")
-        detail = check(path)
+        return check(path)
+
+    return describe(what, path, source, described)
+
+
+def describe(what: str, place: Path | str, source: str, check: Callable[[], str]) -> Finding:
+    """Do the same for what need not be a file here: the check itself looks whether it exists."""
+    state: State = "found"
+    try:
+        detail = check()
     except InputError as error:
         state, detail = "missing", str(error)
     except (DataError, OSError) as error:
         state, detail = "wrong", str(error)
-    return Finding(what=what, path=path, state=state, detail=detail, source=source)
+    return Finding(what=what, path=place, state=state, detail=detail, source=source)

@@ -107,8 +107,8 @@ def _concepts(reader: ShardReader) -> Iterator[tuple[str, str]]:
 
 
 def _media_hashes(reader: ShardReader) -> Iterator[tuple[str, str]]:
-    for position, sample in enumerate(reader.samples):
-        yield hashlib.sha256(reader.read_media(position)).hexdigest(), sample.key
+    for position in reader.index.usable.tolist():
+        yield hashlib.sha256(reader.read_media(position)).hexdigest(), reader.samples.key(position)
 
 
 def _stray_files(folder: Path, index: ShardIndex) -> list[str]:

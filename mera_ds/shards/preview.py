@@ -40,7 +40,7 @@ def preview(folder: Path, count: int) -> str:
     """
     with ShardReader(folder) as reader:
         lines = [_title(reader.index), *_facts(reader.index)]
-        for position in _spread(len(reader), count):
+        for position in _spread(reader.index, count):
             sample = reader.samples[position]
             medium = f"{sample.extension}, {sample.media_size} bytes"
             lines.append(f"  {sample.key}  [{sample.concept}]  {medium}")
@@ -79,20 +79,24 @@ def write_html(folders: Sequence[Path], out: Path, count: int) -> None:
 
 def _title(index: ShardIndex) -> str:
     size = sum(shard.bytes for shard in index.shards)
+    counts = index.usable_counts
     return (
-        f"{index.dataset}/{index.split}: {index.counts['samples']} {index.modality} media, "
-        f"{index.counts['caption']} captions, {index.counts['qa']} questions, "
+        f"{index.dataset}/{index.split}: {counts['samples']} {index.modality} media, "
+        f"{counts['caption']} captions, {counts['qa']} questions, "
         f"tars: {len(index.shards)} ({size / 1e6:.1f} MB)"
     )
 
 
 def _facts(index: ShardIndex) -> list[str]:
     closed = index.choices["qa"]
+    lost = len(index.samples) - len(index.usable)
+    left_out = [f"  in quarantine: {lost} media"] if lost else []
     return [
         f"  licence: {index.licence}",
         f"  recipe: {json.dumps(index.recipe, ensure_ascii=False)}",
         f"  answers: {'free' if closed is None else ', '.join(closed)}",
         f"  fingerprint: {index.fingerprint}",
+        *left_out,
     ]
 
 
@@ -101,16 +105,17 @@ def _text_line(text: Text) -> str:
     return f"{text.id}: {text.question} -> {answers}" if text.question else f"{text.id}: {answers}"
 
 
-def _spread(total: int, count: int) -> list[int]:
-    """Return up to `count` positions, evenly spread and starting with the first."""
-    shown = max(0, min(total, count))
-    return [number * total // shown for number in range(shown)]
+def _spread(index: ShardIndex, count: int) -> list[int]:
+    """Return up to `count` usable positions, evenly spread and starting with the first."""
+    usable = index.usable.tolist()
+    shown = max(0, min(len(usable), count))
+    return [usable[number * len(usable) // shown] for number in range(shown)]
 
 
 def _section(folder: Path, count: int) -> str:
     with ShardReader(folder) as reader:
         facts = "".join(f"<li>{html.escape(line.strip())}</li>" for line in _facts(reader.index))
-        cards = "\n".join(_card(reader, number) for number in _spread(len(reader), count))
+        cards = "\n".join(_card(reader, number) for number in _spread(reader.index, count))
         title = html.escape(_title(reader.index))
     return f"""<section>
 <h2>{title}</h2>

@@ -14,7 +14,8 @@ from mera_ds.files import read_json, write_json
 from mera_ds.settings import parse
 
 QUARANTINE_NAME = "quarantine.json"
-RENEW = f"delete {QUARANTINE_NAME}, or renew it with `mera-ds shards lint DIR --quarantine`"
+QUARANTINE = "`mera-ds shards lint DIR --quarantine`"
+RENEW = f"delete {QUARANTINE_NAME}, or renew it with {QUARANTINE}"
 
 
 @dataclass(frozen=True, kw_only=True)

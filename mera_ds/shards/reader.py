@@ -24,7 +24,7 @@ from mera_ds.shards.format import (
     parse_texts,
     read_index,
 )
-from mera_ds.shards.quarantine import RENEW
+from mera_ds.shards.quarantine import QUARANTINE, RENEW
 from mera_ds.shards.remote import source_url
 from mera_ds.shards.table import place_of
 from mera_ds.shards.verify import has_sha256
@@ -119,11 +119,12 @@ class ShardReader:
         for shard in self.index.shards:
             path = self.folder / shard.name
             found = path.stat().st_size if path.exists() else 0
-            expected, _ = self._expected(shard)
-            if found != max(0, expected):
+            expected = max(0, self._expected(shard)[0])
+            if found != expected:
+                record, remedy = self._record(shard)
                 raise DataError(
-                    f"{path} has {found} bytes, its index says {expected}: it is truncated or was "
-                    "changed; copy or build the shard set again"
+                    f"{path} has {found} bytes, its {record} says {expected}: it is truncated or "
+                    f"was changed; {remedy}"
                 )
 
     def close(self) -> None:
@@ -172,6 +173,13 @@ class ShardReader:
             return found.bytes, found.sha256
         return shard.bytes, shard.sha256
 
+    def _record(self, shard: ShardInfo) -> tuple[str, str]:
+        """Return what says how a tar must be, and the remedy if it is not so."""
+        quarantine = self.index.quarantine
+        if quarantine is not None and shard.name in quarantine.tars:
+            return "quarantine", RENEW
+        return "index", f"{REBUILD}, or leave its samples out: {QUARANTINE}"
+
     def _from_tar(self, position: int, read: Callable[[int, Path, SampleInfo], T]) -> T:
         """Return what `read` finds of a sample in its tar.
 
@@ -213,16 +221,18 @@ class ShardReader:
 
     def _require_sound(self, path: Path, shard: ShardInfo, descriptor: int) -> None:
         expected, sha256 = self._expected(shard)
+        record, remedy = self._record(shard)
         size = os.fstat(descriptor).st_size
         if size != expected:
-            raise DataError(f"{path} has {size} bytes, expected {expected}; {REBUILD}")
+            raise DataError(
+                f"{path} has {size} bytes, expected {expected} by its {record}; {remedy}"
+            )
         if self._reading.verify and not has_sha256(path, descriptor, sha256):
             broken = [s.key for s in shard.samples if not _looks_sound(descriptor, path, s)]
             named = f"; damaged: {', '.join(broken[:8])}" if broken else ""
             raise DataError(
                 f"{path}: its bytes 0 to {size} don't have the sha256 {sha256} of the "
-                f"{'quarantine' if (expected, sha256) != (shard.bytes, shard.sha256) else 'index'}"
-                f"{named}; {REBUILD}, or leave its samples out: {RENEW}"
+                f"{record}{named}; {remedy}"
             )
 
     def _open_cached(self, shard: ShardInfo) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from mera_ds.config import cache_folder
+from mera_ds.config import cache_folder, resolve_path
 from mera_ds.errors import DataError, InputError
 from mera_ds.files import read_json, write_bytes, write_json
 from mera_ds.log import logger
@@ -40,6 +40,17 @@ FAULTS = (OSError, HTTPException, EOFError, ValueError)
 def is_url(text: str) -> bool:
     """Say whether a configured data folder is a URL (or pretends to be one)."""
     return _URL.match(text) is not None
+
+
+def data_folder(text: str, run: Path) -> Path:
+    """Return the folder with `train` and `test` that an entry of `modalities.X.data` names.
+
+    For a URL it is the local folder that stands for it.
+
+    Raises:
+        InputError: if it is a URL that can't be read, or a path with an unknown place.
+    """
+    return mirror(text) if is_url(text) else resolve_path(text, run)
 
 
 def mirror(url: str) -> Path:

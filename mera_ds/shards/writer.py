@@ -39,6 +39,7 @@ from mera_ds.shards.format import (
     read_index,
     record_bytes,
 )
+from mera_ds.shards.quarantine import QUARANTINE_NAME
 from mera_ds.shards.rules import SIDE_FILES, sample_problems
 from mera_ds.shards.tars import BUILDING, RawSample, TarWriter, members_size, record_path
 
@@ -127,6 +128,7 @@ def write_shards(
             for name, text in files.items():
                 write_bytes(folder / name, text.encode())
             failpoint("shards.before_index")
+            (folder / QUARANTINE_NAME).unlink(missing_ok=True)  # it was of the tars before
             write_bytes(folder / INDEX_NAME, index_bytes(index))
             failpoint("shards.index_written")
         _remove_others(folder, {*files, *(shard.name for shard in index.shards)})
@@ -181,6 +183,9 @@ def _complete_index(plan: _Plan) -> ShardIndex | None:
         if not _holds(plan, shard, start):
             return None
         start += len(shard.samples)
+    if index.quarantine is not None and index.quarantine.tars:  # they are whole again
+        (plan.folder / QUARANTINE_NAME).unlink()
+        index = read_index(plan.folder)
     return index
 
 

@@ -218,7 +218,7 @@ class TestData:
         os.truncate(tar, size - 512)
         message = refused(f"python launch/stage.py --run {fresh} --modality image", 3, fresh)
         assert f"{tar} has {size - 512} bytes, its index says {size}" in message
-        assert "copy or build the shard set again" in message
+        assert "rebuild the folder with `mera-ds shards build`, or copy it again" in message
 
     @pytest.mark.parametrize("features", ["online", "cached"])
     def test_broken_image(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from http_server import serving
 from PIL import Image
 
 from mera_ds.cli import main
@@ -66,6 +67,29 @@ def _png() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def test_texts_of_remote_shards_are_compared(
+    make_tiny_run: MakeRun,
+    tiny_template: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MERA_CACHE", str(tmp_path / "cache"))
+    with serving(tiny_template / "data") as server:
+        url = f"{server}/image"
+        data = ("order=[image]", f"modalities.image.data=['{url}']")
+        run = make_tiny_run(*data)
+        monkeypatch.chdir(run)
+        assert main(["shards", "lint", "--run", str(run)]) == 0
+        out = capsys.readouterr().out
+        assert f"{url}/test: sound and fits the run\n  only its index and texts" in out
+        short = make_tiny_run(*data, "prompt.max_length=12")
+        assert main(["shards", "lint", "--run", str(short)]) == 3
+        assert "image-blue-circle-0#c0 is " in capsys.readouterr().out
+        assert main(["shards", "lint", "--run", str(run), "--quarantine"]) == 2
+        assert f"{url}/test can't be changed from here" in capsys.readouterr().err
 
 
 def test_other_shards_are_none_of_the_run(

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from chat_backbones import write_backbone
+from http_server import serving
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -19,8 +21,11 @@ from transformers import (
 from mera_ds.config import RunConfig, load_config, load_profile
 from mera_ds.doctor import Finding, environment, examine, missing_paths, weights
 from mera_ds.files import sha256_file
+from mera_ds.shards import remote
+from mera_ds.shards.damage import quarantine_folder
 
 MakeRun = Callable[..., Path]
+BACKBONE = "backbone.path={weights}/llama"
 COMPONENTS = (
     'modalities.image.encoder={kind: clip-vit, weights: "{weights}/clip"}',
     'modalities.video.encoder={kind: clip-vit-frames, weights: "{weights}/clip"}',
@@ -64,11 +69,7 @@ def place(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def config() -> RunConfig:
-    backbone = (
-        "backbone.path={weights}/llama",
-        "modalities.pointcloud.data=['{shards}/pointcloud']",
-    )
-    return load_profile("tiny", [*backbone, *COMPONENTS, *DATA])
+    return load_profile("tiny", [BACKBONE, *COMPONENTS, *DATA])
 
 
 def by_name(config: RunConfig, run: Path | None = None) -> dict[str, Finding]:
@@ -98,6 +99,26 @@ class TestWhole:
         assert "SHA-256 as published" in found["audio encoder (beats)"].detail
         assert "media" in found["audio shards audio/train"].detail
         assert len([name for name in found if "shards" in name]) == 4 * 2
+
+    def test_another_audio_file_may_be_used(self, config: RunConfig, place: Path) -> None:
+        torch.save({"model": {"a": torch.zeros(64)}}, place / "weights/beats.pt")
+        assert bad(config) == {}
+        detail = by_name(config)["audio encoder (beats)"].detail
+        assert "not the published AS2M file" in detail
+
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_a_bert_in_torchs_format(self, config: RunConfig, place: Path, alone: bool) -> None:
+        folder = place / "weights/bert"
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        if alone:
+            (folder / "pytorch_model.bin").rename(place / "bert.bin")
+            shutil.rmtree(folder)
+            (place / "bert.bin").rename(place / "weights/bert.bin")
+            weights = 'modalities.audio.connector={kind: qformer, weights: "{weights}/bert.bin"}'
+            config = load_profile("tiny", [BACKBONE, *COMPONENTS, *DATA, weights])
+        assert bad(config) == {}
+        assert ".bin, " in by_name(config)["audio connector (qformer)"].detail
 
     def test_what_init_makes_comes_later(self, cache: Path) -> None:
         states = {entry.state for entry in examine(load_profile("tiny"), None)}
@@ -138,7 +159,7 @@ class TestMissing:
             ("llama/chat_template.jinja", "backbone: tokenizer", "no chat template"),
             ("clip/model.safetensors", "image encoder", "it holds none of model.safetensors"),
             ("clip/config.json", "image encoder", "config.json is missing"),
-            ("bert/model.safetensors", "audio connector", "model.safetensors is missing"),
+            ("bert/model.safetensors", "audio connector", "it holds none of model.safetensors"),
             ("beats.pt", "audio encoder (beats)", "it does not exist"),
         ],
     )
@@ -195,7 +216,19 @@ class TestWrong:
         cut(place / "shards/audio/train/00000.tar")
         ((name, (state, said)),) = bad(config).items()
         assert (name, state) == ("audio shards audio/train", "wrong")
-        assert said.startswith("00000.tar has ")
+        assert "audio/train/00000.tar has " in said
+
+    def test_a_tar_that_is_cut_off_and_in_quarantine(self, config: RunConfig, place: Path) -> None:
+        train = place / "shards/audio/train"
+        whole = (train / "00000.tar").read_bytes()
+        (train / "00000.tar").write_bytes(whole[: len(whole) // 2])
+        lost = len(quarantine_folder(train).samples)
+        assert lost > 0
+        found = by_name(config)["audio shards audio/train"]
+        assert found.state == "found"
+        assert found.detail.endswith(f", {lost} media in quarantine")
+        (train / "00000.tar").write_bytes(whole)
+        assert "its quarantine says" in bad(config)["audio shards audio/train"][1]
 
     def test_shards_of_another_modality(self, config: RunConfig, place: Path) -> None:
         shutil.rmtree(place / "shards/audio")
@@ -208,14 +241,6 @@ class TestWrong:
         folder = place / "weights"
         shutil.copy(folder / "bert/model.safetensors", folder / "clip/model.safetensors")
         assert "holds no tensor 'embeddings.class_embedding'" in next(iter(bad(config).values()))[1]
-
-    def test_an_audio_file_that_is_not_the_published_one(
-        self, config: RunConfig, place: Path
-    ) -> None:
-        torch.save({"model": {"a": torch.zeros(64)}}, place / "weights/beats.pt")
-        ((_, (state, said)),) = bad(config).items()
-        assert state == "wrong"
-        assert "not BEATs_iter3_plus_AS2M.pt as published" in said
 
     def test_an_architecture_that_is_no_language_model(
         self, config: RunConfig, place: Path
@@ -250,6 +275,44 @@ class TestWrong:
         assert said.state == "wrong"
         assert said.detail == "config.json: hidden_size is 32, expected 4096"
         assert said.source.startswith("meta-llama/Meta-Llama-3-8B-Instruct")
+
+
+class TestRemoteShards:
+    def test_the_indexes_behind_a_url_are_examined(
+        self, place: Path, make_tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MERA_CACHE", str(place / "cache"))
+        shutil.rmtree(place / "shards/audio/test")
+        with serving(place / "shards") as server:
+            url = f"{server}/audio"
+            run = make_tiny_run(f"modalities.audio.data=['{url}/']")
+            config = load_config(run)
+            found = by_name(config, run)
+            train, test = (found[f"audio shards audio/{split}"] for split in ("train", "test"))
+            assert (train.path, train.state) == (f"{url}/train", "found")
+            assert "media" in train.detail
+            assert (test.path, test.state) == (f"{url}/test", "missing")
+            assert f"{url}/test has no index.json" in test.detail
+            assert missing_paths(config, run) == [f"{url}/test/index.json"]
+        assert not list((place / "cache").rglob("*.tar"))
+
+    def test_a_server_that_is_not_there(
+        self, place: Path, make_tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MERA_CACHE", str(place / "cache"))
+        monkeypatch.setattr(remote, "RETRY_SECONDS", 0.0)
+        with serving(place) as url:
+            pass
+        run = make_tiny_run(f"modalities.audio.data=['{url}/audio']")
+        finding = by_name(load_config(run), run)["audio shards audio/train"]
+        assert (finding.path, finding.state) == (f"{url}/audio/train", "wrong")
+        assert f"{url}/audio/train/index.json could not be fetched" in finding.detail
+
+    def test_a_command_is_never_run(self, config: RunConfig, place: Path) -> None:
+        changed = load_profile("tiny", ["modalities.audio.data=['pipe:cat x']"])
+        finding = by_name(changed)["audio shards pipe:cat x/train"]
+        assert finding.state == "missing"
+        assert "never run" in finding.detail
 
 
 class TestEnvironment:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -97,6 +97,35 @@ def logits(llm: nn.Module) -> Tensor:
 
 def loaded(folder: Path) -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+
+
+@pytest.mark.parametrize("options", [{"max_shard_size": "100KB"}, {}])
+def test_files_of_another_layout_beside_the_base_are_left_out(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    llm = save_base(tmp_path / "base", torch.float32, **options)
+    names = {path.name for path in (tmp_path / "base").glob("*.safetensors")}
+    save_file({"layers.0.attention.wq": torch.ones(2)}, tmp_path / "base/consolidated.safetensors")
+    product = save_chain(tmp_path, llm)
+    export_folder(tmp_path / "base", product, read_manifest(product), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == names
+
+
+def test_a_base_of_files_with_other_names(tmp_path: Path) -> None:
+    llm = save_base(tmp_path / "base", torch.float32)
+    (tmp_path / "base/model.safetensors").rename(tmp_path / "base/weights.safetensors")
+    product = save_chain(tmp_path, llm)
+    export_folder(tmp_path / "base", product, read_manifest(product), tmp_path / "out")
+    assert (tmp_path / "out/weights.safetensors").exists()
+
+
+def test_an_index_without_files_is_named(tmp_path: Path) -> None:
+    llm = save_base(tmp_path / "base", torch.float32, max_shard_size="100KB")
+    product = save_chain(tmp_path, llm)
+    (tmp_path / "base/model.safetensors.index.json").write_text("{}")
+    with pytest.raises(DataError, match=r"index\.json holds no weight_map; restore it"):
+        export_folder(tmp_path / "base", product, read_manifest(product), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

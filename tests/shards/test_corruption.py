@@ -138,6 +138,37 @@ class TestQuarantine:
         with pytest.raises(DataError, match=r"00002\.tar: .* of the quarantine"):
             read(folder)
 
+    def test_a_tar_that_came_back_asks_for_a_new_quarantine(self, folder: Path) -> None:
+        whole = (folder / "00002.tar").read_bytes()
+        os.truncate(folder / "00002.tar", 4000)
+        quarantine_folder(folder)
+        (folder / "00002.tar").write_bytes(whole)
+        message = r"its quarantine says 4000: .*; delete quarantine\.json, or renew it"
+        with pytest.raises(DataError, match=message):
+            ModalityData("image", [folder.parent], "train")
+        with pytest.raises(DataError, match=r"by its quarantine; delete quarantine\.json"):
+            ShardReader(folder).read_media(4)
+
+    @pytest.mark.parametrize("repaired", [False, True])
+    def test_a_rebuild_ends_it(self, folder: Path, repaired: bool) -> None:
+        before, whole = read(folder), (folder / "00002.tar").read_bytes()
+        os.truncate(folder / "00002.tar", 4000)
+        quarantine_folder(folder)
+        if repaired:
+            (folder / "00002.tar").write_bytes(whole)
+        assert write(folder).quarantine is None
+        assert not (folder / QUARANTINE_NAME).exists()
+        assert len(ModalityData("image", [folder.parent], "train").units(["caption"])) == COUNT
+        assert read(folder) == before
+
+    def test_building_again_keeps_that_of_sound_tars(self, folder: Path) -> None:
+        def decode(extension: str, content: bytes, name: str) -> None:
+            if content[0] == 8:
+                raise DataError(f"{name}: broken")
+
+        quarantine = quarantine_folder(folder, decode)
+        assert write(folder).quarantine == quarantine
+
     def test_a_sound_folder_has_none(self, folder: Path) -> None:
         assert quarantine_folder(folder).samples == {}
         assert not (folder / QUARANTINE_NAME).exists()

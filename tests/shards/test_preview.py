@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mera_ds.errors import DataError
+from mera_ds.shards.damage import quarantine_folder
 from mera_ds.shards.format import Text
 from mera_ds.shards.preview import preview, write_html
 from mera_ds.shards.writer import RawSample
@@ -96,6 +97,18 @@ def test_text_preview(folder: Path) -> None:
 def test_preview_shows_at_most_all(folder: Path, count: int) -> None:
     lines = preview(folder, count).splitlines()
     assert len([line for line in lines if line.startswith("  n")]) == min(count, 12)
+
+
+def test_what_is_in_quarantine_is_not_shown(folder: Path, tmp_path: Path) -> None:
+    (folder / "00000.tar").unlink()
+    quarantine_folder(folder)
+    text = preview(folder, 12)
+    assert "numbers/train: 10 image media, 10 captions, 10 questions, tars: 6" in text
+    assert "in quarantine: 2 media" in text
+    shown = [line.split()[0] for line in text.splitlines() if line.startswith("  n")]
+    assert shown == [f"n{number:02d}" for number in range(2, 12)]
+    write_html([folder], tmp_path / "page.html", 12)
+    assert len(_Page((tmp_path / "page.html").read_text()).all("article")) == 10
 
 
 def test_page_holds_media_and_texts(tmp_path: Path) -> None:

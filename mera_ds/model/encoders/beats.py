@@ -12,6 +12,7 @@ from torch import Tensor
 from mera_ds.batch import Features
 from mera_ds.config import Dtype
 from mera_ds.errors import DataError, InputError
+from mera_ds.media.audio import MAX_AUDIO_SECONDS
 from mera_ds.model.backbone import DTYPES
 from mera_ds.model.encoders.base import Encoder, require_weights
 from mera_ds.model.encoders.beats_network import BeatsConfig, BeatsNetwork, reduce_mask
@@ -51,8 +52,11 @@ class BeatsOptions:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if not 0 < self.max_seconds <= 600:
-            raise InputError(f"max_seconds is {self.max_seconds}; it must be in (0, 600]")
+        if not 0 < self.max_seconds <= MAX_AUDIO_SECONDS:
+            raise InputError(
+                f"max_seconds is {self.max_seconds}; it must be in (0, {MAX_AUDIO_SECONDS}], since "
+                "no more of a sound is read"
+            )
 
 
 def read_config(file: OfficialFile, options: BeatsOptions, path: Path) -> BeatsConfig:

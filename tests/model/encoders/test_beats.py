@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mera_ds.errors import DataError, InputError
+from mera_ds.media.audio import MAX_AUDIO_SECONDS
 from mera_ds.model.encoders import Encoder, beats_network, build_encoder
 from mera_ds.model.encoders.beats_network import (
     BeatsConfig,
@@ -343,5 +344,11 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_a_second_cfg_is_refused(file: Path) -> None:
     with pytest.raises(InputError, match="remove the option 'cfg'"):
         build_encoder("beats", {"cfg": SMALL_BEATS}, file)
-    with pytest.raises(InputError, match="max_seconds is 0"):
-        build_encoder("beats", {"max_seconds": 0.0}, file)
+
+
+@pytest.mark.parametrize("seconds", [0.0, MAX_AUDIO_SECONDS + 0.1])
+def test_clips_are_no_longer_than_what_is_read(file: Path, seconds: float) -> None:
+    message = rf"max_seconds is {seconds}; it must be in \(0, {MAX_AUDIO_SECONDS}\]"
+    with pytest.raises(InputError, match=message):
+        build_encoder("beats", {"max_seconds": seconds}, file)
+    build_encoder("beats", {"max_seconds": float(MAX_AUDIO_SECONDS)}, file)
