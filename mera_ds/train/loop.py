@@ -216,3 +216,5 @@ def _stop_signal() -> Iterator[list[bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if requested[0]:  # behind the last look at it
+        raise KeyboardInterrupt

@@ -228,14 +228,26 @@ class TestData:
         sample = reader.samples[5]
         middle = sample.media_offset + sample.media_size // 2
         change(fresh / "data/image/train/00000.tar", middle, bytes(sample.media_size // 2))
+        # An image that was broken before its tar was written: no hash can tell.
+        settings = f"execution.features={features} execution.verify_shards=false"
         message = refused(
-            f"python launch/stage.py --run {fresh} --modality image execution.features={features}",
+            f"python launch/stage.py --run {fresh} --modality image {settings}",
             3,
             fresh,
             MERA_CACHE=str(tmp_path / "cache"),
         )
         assert message.startswith(f"{fresh}/data/image/train: {sample.key}.png: ")
         assert not list(tmp_path.glob("cache/features/**/*.safetensors"))
+
+    def test_changed_bytes(self, fresh: Path, tmp_path: Path, refused: Refused) -> None:
+        tar = fresh / "data/image/train/00000.tar"
+        change(tar, ShardReader(tar.parent).samples[5].media_offset, b"x")
+        command = f"python launch/stage.py --run {fresh} --modality image"
+        message = refused(command, 3, fresh, MERA_CACHE=str(tmp_path / "cache"))
+        assert message.startswith(
+            f"{tar}: its bytes 0 to {tar.stat().st_size} don't have the sha256"
+        )
+        assert "mera-ds shards build" in message
 
     def test_other_data_under_a_finished_step(self, merged: Path, refused: Refused) -> None:
         shutil.rmtree(merged / "data/image/train")
@@ -248,8 +260,10 @@ class TestData:
         command = f"python launch/stage.py --run {fresh} --modality image"
         killed = f"{REPOSITORY}/launch/stage.py --run {fresh} --modality image"
         assert run(f"python {killed}", fresh, MERA_FAILPOINT="train.step:5").status < 0
-        shutil.rmtree(fresh / "data/image/train")
-        shutil.copytree(fresh / "data/image/test", fresh / "data/image/train")
+        index = fresh / "data/image/train/index.json"
+        index.write_text(
+            index.read_text(encoding="utf-8").replace('"licence":"', '"licence":"not ')
+        )
         message = refused(command, 2, fresh)
         assert f"{fresh}/stages/01-image/align/step-000003 was made with other data" in message
         assert f"delete {fresh}/stages/01-image/align to start this phase anew" in message
