@@ -52,7 +52,10 @@ def environment(**changes: str) -> dict[str, str]:
 def start(
     command: str, folder: Path, variables: Mapping[str, str] | None = None
 ) -> "subprocess.Popen[str]":
-    """Start a command line in a folder, as the leader of its own process group."""
+    """Start a command line in a folder, as the leader of its own process group.
+
+    It hears Ctrl-C even if the tests were started in the background, where a shell has it ignored.
+    """
     return subprocess.Popen(
         ["bash", "-c", f"exec {command}"],
         cwd=folder,
@@ -61,6 +64,7 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
