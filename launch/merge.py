@@ -5,9 +5,7 @@ python launch/merge.py --previous A --tuned B --stage 3 --out C  any two HF chec
                                                                  a folder and a LoRA adapter on it
 """
 
-import sys
-
-from mera_ds.cli.launch import merge
+from mera_ds.cli.launch import leave, merge
 
 if __name__ == "__main__":
-    sys.exit(merge())
+    leave(merge())

@@ -4,9 +4,7 @@ deepspeed launch/realign.py --modality audio
 torchrun --nproc-per-node 2 launch/realign.py --modality audio
 """
 
-import sys
-
-from mera_ds.cli.launch import train_stage
+from mera_ds.cli.launch import leave, train_stage
 
 if __name__ == "__main__":
-    sys.exit(train_stage(("realign",)))
+    leave(train_stage(("realign",)))

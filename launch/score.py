@@ -4,9 +4,7 @@ python launch/score.py
 python launch/score.py --modality audio
 """
 
-import sys
-
-from mera_ds.cli.launch import score
+from mera_ds.cli.launch import leave, score
 
 if __name__ == "__main__":
-    sys.exit(score())
+    leave(score())

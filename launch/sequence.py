@@ -6,6 +6,7 @@ python launch/sequence.py runs/experts runs/mera
 import sys
 
 from mera_ds.cli import main
+from mera_ds.cli.launch import leave
 
 if __name__ == "__main__":
-    sys.exit(main(["run", *sys.argv[1:]]))
+    leave(main(["run", *sys.argv[1:]]))

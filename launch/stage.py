@@ -5,9 +5,7 @@ torchrun --nproc-per-node 2 launch/stage.py --modality audio
 python launch/stage.py --modality audio
 """
 
-import sys
-
-from mera_ds.cli.launch import train_stage
+from mera_ds.cli.launch import leave, train_stage
 
 if __name__ == "__main__":
-    sys.exit(train_stage(("align", "tune")))
+    leave(train_stage(("align", "tune")))

@@ -4,10 +4,11 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from mera_ds.cli import lineage, runs, shards, sweep
 from mera_ds.cli.doctor import doctor
-from mera_ds.cli.launch import DEFAULT_RUN, guarded, parse_with_overrides
+from mera_ds.cli.launch import DEFAULT_RUN, guarded, leave, parse_with_overrides
 from mera_ds.config import profile_names
 
 # Read when torch loads its OpenMP library. Threads that never stop spinning while they wait cost a
@@ -17,6 +18,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 Command = Callable[[argparse.Namespace], None]
+
+
+def command_line() -> NoReturn:
+    """Run the command that this process was started with, and end the process."""
+    leave(main())
 
 
 def main(arguments: list[str] | None = None) -> int:

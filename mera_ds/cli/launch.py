@@ -1,15 +1,15 @@
 """The commands behind `launch/*.py`: parse, call, exit status."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mera_ds.cli.merging import add_merge_arguments, merge_folders
 from mera_ds.config import load_profile
@@ -41,6 +41,18 @@ def guarded(command: Callable[[], None]) -> int:
             print("error: stopped; run the same command to continue", file=sys.stderr)
         return Interrupted.exit_code
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with an exit status, without taking the interpreter apart.
+
+    What DeepSpeed remembers of a process group outlives the group, and with it gloo's threads;
+    they now and then abort a process that takes itself apart below them.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(status)
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -96,7 +108,7 @@ def _stage_of(run: "Run", modality: str | None) -> str:
     return modality
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(run: "Run") -> Iterator[None]:
     """Hold the run's lock on the first process of the first node."""
     if os.environ.get("RANK", "0") != "0":
