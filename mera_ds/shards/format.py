@@ -366,11 +366,14 @@ def _add_shard(table: TableBuilder, value: Any, where: str) -> tuple[str, int, s
         raise DataError(f"{where}: the shard name {name!r} is not like 00000.tar; {REBUILD}")
     size = as_integer(fields["bytes"], f"{where}: bytes")
     for number, sample in enumerate(as_list(fields["samples"], f"{where}: samples")):
-        table.add(_parse_sample(sample, size, f"{where}: samples[{number}]"))
+        try:
+            _add_sample(table, sample, size, "")
+        except DataError:  # once more, to name it: names for all would cost more than the rest
+            _add_sample(table, sample, size, f"{where}: samples[{number}]")
     return name, size, as_text(fields["sha256"], f"{where}: sha256"), len(table)
 
 
-def _parse_sample(value: Any, shard_size: int, where: str) -> SampleInfo:
+def _add_sample(table: TableBuilder, value: Any, shard_size: int, where: str) -> None:
     fields = require_fields(value, ("key", "concept", "media", "json", "texts"), where)
     extension, media_offset, media_size = as_list(fields["media"], where, 3)
     json_offset, json_size = as_list(fields["json"], where, 2)
@@ -381,20 +384,16 @@ def _parse_sample(value: Any, shard_size: int, where: str) -> SampleInfo:
                 f"{where}: {size} bytes at {offset} do not fit in a shard of {shard_size} bytes "
                 f"(at most {MAX_MEMBER_BYTES} a member); {REBUILD}"
             )
-    return SampleInfo(
-        key=as_text(fields["key"], where),
-        concept=as_text(fields["concept"], where),
-        extension=as_text(extension, where),
-        media_offset=media_offset,
-        media_size=media_size,
-        json_offset=json_offset,
-        json_size=json_size,
-        texts=tuple(_parse_text_info(pair, where) for pair in as_list(fields["texts"], where)),
+    texts = as_list(fields["texts"], where)
+    for text in texts:
+        task, chars = as_list(text, where, 2)
+        if task not in TASKS:
+            raise DataError(f"{where}: unknown task {task!r}; {REBUILD}")
+        as_integer(chars, where)
+    table.add(
+        as_text(fields["key"], where),
+        as_text(fields["concept"], where),
+        as_text(extension, where),
+        (media_offset, media_size, json_offset, json_size),
+        texts,
     )
-
-
-def _parse_text_info(value: Any, where: str) -> TextInfo:
-    task, chars = as_list(value, where, 2)
-    if task not in TASKS:
-        raise DataError(f"{where}: unknown task {task!r}; {REBUILD}")
-    return TextInfo(task, as_integer(chars, where))

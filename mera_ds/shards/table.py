@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +19,14 @@ TASKS = ("caption", "qa")
 Integers = NDArray[np.signedinteger[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class TextInfo:
+class TextInfo(NamedTuple):
     """What the index says of a text: its task, and its length (question + first answer)."""
 
     task: str
     chars: int
 
 
-@dataclass(frozen=True, slots=True)
-class SampleInfo:
+class SampleInfo(NamedTuple):
     """Where a sample lies in its tar. Offsets are those of the payloads, in bytes."""
 
     key: str
@@ -113,12 +111,13 @@ class SampleTable(Sequence[SampleInfo]):
 
     def key(self, position: int) -> str:
         """Return a sample's key without making the other fields."""
-        columns, row = self._columns, self._start + position
-        return columns.keys[columns.key_starts[row] : columns.key_starts[row + 1]].decode()
+        return self._key(self._start + position)
 
     def keys(self) -> Iterator[str]:
         """Yield all keys."""
-        return map(self.key, range(len(self)))
+        keys = self._columns.keys
+        bounds = itertools.pairwise(self._columns.key_starts[self._start : self._stop + 1].tolist())
+        return (keys[start:stop].decode() for start, stop in bounds)
 
     @property
     def text_starts(self) -> Integers:
@@ -141,21 +140,26 @@ class SampleTable(Sequence[SampleInfo]):
         starts = self._columns.text_starts
         return slice(int(starts[self._start]), int(starts[self._stop]))
 
+    def _key(self, row: int) -> str:
+        columns = self._columns
+        start, stop = columns.key_starts[row : row + 2].tolist()
+        return columns.keys[start:stop].decode()
+
     def _sample(self, row: int) -> SampleInfo:
         columns = self._columns
+        first, last = columns.concept_starts[row : row + 2].tolist()
         start, stop = columns.text_starts[row : row + 2].tolist()
         tasks, chars = columns.tasks[start:stop].tolist(), columns.chars[start:stop].tolist()
-        concept = slice(*columns.concept_starts[row : row + 2].tolist())
         media_offset, media_size, json_offset, json_size = columns.places[row].tolist()
         return SampleInfo(
-            self.key(row - self._start),
-            columns.concepts[concept].decode(),
+            self._key(row),
+            columns.concepts[first:last].decode(),
             columns.extensions[columns.extension[row]],
             media_offset,
             media_size,
             json_offset,
             json_size,
-            tuple(TextInfo(TASKS[task], n) for task, n in zip(tasks, chars, strict=True)),
+            tuple([TextInfo(TASKS[task], n) for task, n in zip(tasks, chars, strict=True)]),
         )
 
 
@@ -175,21 +179,26 @@ class TableBuilder:
     def __len__(self) -> int:
         return len(self._extension)
 
-    def add(self, sample: SampleInfo) -> None:
-        """Append a sample; its sizes and lengths must fit in 63 bits."""
-        for text in sample.texts:
-            self._tasks.append(TASKS.index(text.task))
-            self._chars.append(text.chars)
-        self._keys += sample.key.encode()
-        self._concepts += sample.concept.encode()
-        ends = (len(self._keys), len(self._concepts), len(self._tasks))
-        for starts, end in zip(self._starts, ends, strict=True):
-            starts.append(end)
-        code = self._extensions.setdefault(sample.extension, len(self._extensions))
-        self._extension.append(code)
-        self._places.extend(
-            (sample.media_offset, sample.media_size, sample.json_offset, sample.json_size)
-        )
+    def add(
+        self,
+        key: str,
+        concept: str,
+        extension: str,
+        places: tuple[int, int, int, int],
+        texts: Iterable[tuple[str, int]],
+    ) -> None:
+        """Append a sample, given as the fields of `SampleInfo`; integers must fit in 63 bits."""
+        for task, chars in texts:
+            self._tasks.append(TASKS.index(task))
+            self._chars.append(chars)
+        self._keys += key.encode()
+        self._concepts += concept.encode()
+        keys, concepts, ends = self._starts
+        keys.append(len(self._keys))
+        concepts.append(len(self._concepts))
+        ends.append(len(self._tasks))
+        self._extension.append(self._extensions.setdefault(extension, len(self._extensions)))
+        self._places.extend(places)
 
     def build(self, stops: Iterable[int]) -> list[SampleTable]:
         """Return the samples as tables that end at these positions, one behind the other."""
@@ -214,7 +223,9 @@ def table_of(samples: Iterable[SampleInfo]) -> SampleTable:
     """Return samples as a table."""
     builder = TableBuilder()
     for sample in samples:
-        builder.add(sample)
+        places = (sample.media_offset, sample.media_size, sample.json_offset, sample.json_size)
+        texts = [(text.task, text.chars) for text in sample.texts]
+        builder.add(sample.key, sample.concept, sample.extension, places, texts)
     return builder.build([len(builder)])[0]
 
 
