@@ -25,6 +25,7 @@ from mera_ds.files import failpoint
 from mera_ds.log import Metrics, format_duration, logger
 from mera_ds.model.build import seed_everything
 from mera_ds.train.engine import Engine
+from mera_ds.train.full import save_shared_checkpoint
 from mera_ds.train.schedule import learning_rate_factor
 from mera_ds.train.state import Progress, load_checkpoint, save_checkpoint
 
@@ -60,7 +61,7 @@ def train_phase(
         RankError: before the first step, if the ranks would take different steps.
     """
     require_equal((loader.total_steps, loader.order_hash()), "number of steps and order of data")
-    progress = _resume(engine, phase)
+    progress = _resume(engine, phase, world)
     console = _Console(phase.name, progress.step, loader.total_steps)
     with _stop_signal() as stop:
         for step, batches in loader.batches(progress.step):
@@ -99,8 +100,8 @@ def train_phase(
             )
 
 
-def _resume(engine: Engine, phase: Phase) -> Progress:
-    found = load_checkpoint(phase.folder, phase.key)
+def _resume(engine: Engine, phase: Phase, world: World) -> Progress:
+    found = load_checkpoint(phase.folder, phase.key, world)
     if found is None:
         return Progress(0, 0)
     progress, state = found
@@ -111,6 +112,10 @@ def _resume(engine: Engine, phase: Phase) -> Progress:
 def _save(
     engine: Engine, phase: Phase, progress: Progress, execution: ExecutionConfig, world: World
 ) -> None:
+    if engine.is_large:
+        keep = execution.keep_checkpoints
+        save_shared_checkpoint(engine, phase.folder, phase.key, progress, keep, world)
+        return
     state = engine.state()
     with main_rank_first(world) as mine:
         if mine:
