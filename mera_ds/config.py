@@ -166,7 +166,7 @@ class ExecutionConfig:
     max_nonfinite_steps: int = 8
     """Stop when more steps than this had a non-finite loss or gradient."""
     timeout_seconds: int = 1800
-    """How long a collective operation waits for a missing rank."""
+    """How long ranks wait for one that shows no sign of life or doesn't get on, before all end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from mera_ds.train.engine import Engine
 from mera_ds.train.full import save_shared_checkpoint
 from mera_ds.train.schedule import learning_rate_factor
 from mera_ds.train.state import Progress, load_checkpoint, save_checkpoint
+from mera_ds.train.watch import Watch
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -52,6 +53,7 @@ def train_phase(
     execution: ExecutionConfig,
     world: World,
     metrics: Metrics,
+    watch: Watch,
 ) -> None:
     """Train from the newest checkpoint, or from the start, to the end of the phase.
 
@@ -64,13 +66,14 @@ def train_phase(
     progress = _resume(engine, phase, world)
     console = _Console(phase.name, progress.step, loader.total_steps)
     with _stop_signal() as stop:
-        for step, batches in loader.batches(progress.step):
+        for step, batches in _marked(loader, progress.step, watch):
             failpoint("train.step")
             seed_everything(phase.seed, phase.name, step, world.rank)
+            stop[0] |= watch.launcher_is_gone
             tokens, stopping = _agree(batches, stop)
             rates = _rates(phase, step, loader.total_steps)
             started = time.monotonic()
-            loss = _accumulate(engine, batches, tokens)
+            loss = _accumulate(engine, batches, tokens, step, watch)
             applied = engine.step(rates)
             loss = _sum_over_ranks(loss)
             faulty = not applied and not engine.only_lowered_scale(loss)
@@ -91,6 +94,7 @@ def train_phase(
             if stopping:
                 break
             if due:
+                watch.mark(step, "saving")
                 _save(engine, phase, progress, execution, world)
         if _agree((), stop)[1]:
             _save(engine, phase, progress, execution, world)
@@ -140,11 +144,22 @@ def _sum_over_ranks(value: float) -> float:
     return float(total)
 
 
-def _accumulate(engine: Engine, batches: Sequence[Batch], tokens: int) -> float:
-    last = len(batches) - 1
-    return sum(
-        engine.backward(batch, tokens, position == last) for position, batch in enumerate(batches)
-    )
+def _marked(loader: StepLoader, start: int, watch: Watch) -> Iterator[tuple[int, Sequence[Batch]]]:
+    """Yield the steps of a loader, and mark that they are read."""
+    steps = loader.batches(start)
+    for step in range(start, loader.total_steps):
+        watch.mark(step, "reading", loader.sample_ids(step))
+        yield next(steps)
+
+
+def _accumulate(
+    engine: Engine, batches: Sequence[Batch], tokens: int, step: int, watch: Watch
+) -> float:
+    loss = 0.0
+    for position, batch in enumerate(batches):
+        watch.mark(step, "computing", [sample.id for sample in batch.samples])
+        loss += engine.backward(batch, tokens, position == len(batches) - 1)
+    return loss
 
 
 def _rates(phase: Phase, step: int, total: int) -> dict[str, float]:

@@ -41,6 +41,7 @@ from mera_ds.train.full import write_backbone
 from mera_ds.train.loop import Phase, train_phase
 from mera_ds.train.schedule import peak_rates
 from mera_ds.train.state import remove_checkpoints
+from mera_ds.train.watch import Watch
 
 FIT_MEDIA = 512
 """How many media give a fresh connector its statistics."""
@@ -67,10 +68,14 @@ def run_train_step(run: Path, config: RunConfig, plan: Plan, step: TrainStep, wo
                 remove_checkpoints(_checkpoint_folder(run, step))  # if a kill came in between
                 logger.info("%s is finished", step.name)
             return
-        _train(run, config, step, key, world)
+        folder = _checkpoint_folder(run, step)
+        with Watch(folder, world, config.execution.timeout_seconds) as watch:
+            _train(run, config, step, key, world, watch)
 
 
-def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World) -> None:
+def _train(
+    run: Path, config: RunConfig, step: TrainStep, key: str, world: World, watch: Watch
+) -> None:
     start = run / step.start if step.start is not None else None
     modalities = [part.modality for part in step.data]
     settings = config.phase(step.phase)
@@ -99,7 +104,8 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
     phase = Phase(step.name, settings, rates, folder, key, config.seed)
     try:
         with Metrics(run, world.is_main) as metrics:
-            train_phase(engine, loader, phase, config.execution, world, metrics)
+            train_phase(engine, loader, phase, config.execution, world, metrics, watch)
+        watch.mark(None, "writing the product")
         trained = engine.parameters(without=[BACKBONE])
         moments = engine.mean_squared_gradients(LORA)
         buffers = connector_buffers(model)

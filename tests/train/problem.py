@@ -40,6 +40,7 @@ from mera_ds.plan import BACKBONE, LORA, connector_set
 from mera_ds.train.engine import Engine
 from mera_ds.train.loop import Phase, train_phase
 from mera_ds.train.schedule import peak_rates
+from mera_ds.train.watch import Watch
 
 Array = npt.NDArray[np.float32]
 Sets = Mapping[str, Mapping[str, nn.Parameter]]
@@ -226,8 +227,9 @@ def train(task: Task, world: World, folder: Path) -> Trained:
         messages = _Messages()
         logger.addHandler(messages)
         try:
-            with Metrics(folder, world.is_main) as metrics:
-                train_phase(engine, loader, phase, task.execution, world, metrics)
+            seconds = task.execution.timeout_seconds
+            with Metrics(folder, world.is_main) as metrics, Watch(folder, world, seconds) as watch:
+                train_phase(engine, loader, phase, task.execution, world, metrics, watch)
         finally:
             logger.removeHandler(messages)
         return trained(engine, start, losses(folder), messages.lines)
