@@ -6,8 +6,10 @@ A product is a folder that says all of a model but its frozen weights:
     connectors/<modality>.safetensors
     deltas/<stage>-<modality>.safetensors
     fisher/<stage>-<modality>.safetensors
+    backbone/                      an HF folder, only if the whole backbone was tuned
 
-The backbone of a product is  θ = θ_base + Σ c_i · s_i · B_i A_i  over its lineage. Finished files
+The backbone of a product is  θ = θ_base + Σ c_i · s_i · B_i A_i  over its lineage, with the full
+backbone, if there is one, in the place of θ_base. Finished files
 are hard-linked from product to product, so a product is complete in itself and costs only what it
 adds. Every file is named with its SHA-256; reading checks it.
 """
@@ -42,6 +44,8 @@ from mera_ds.manifest import SCHEMA as SCHEMA
 from mera_ds.manifest import DeltaEntry as DeltaEntry
 from mera_ds.manifest import Factors, backbone_identity, keep_parents
 from mera_ds.manifest import FileEntry as FileEntry
+from mera_ds.manifest import FullBackbone as FullBackbone
+from mera_ds.manifest import FullStage as FullStage
 from mera_ds.manifest import Manifest as Manifest
 from mera_ds.manifest import check_lineage as check_lineage
 from mera_ds.manifest import is_finished as is_finished
@@ -61,6 +65,19 @@ class NewDelta:
     """See `mera_ds.merge.fisher`; empty: not known."""
 
 
+BACKBONE = "backbone"
+"""Folder of a product's full backbone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewBackbone:
+    """A full backbone that takes the place of the previous one."""
+
+    folder: Path
+    """An HF folder; its files are linked, so nothing may write to them again."""
+    stages: tuple[FullStage, ...]
+
+
 def write_product(
     product: Path,
     *,
@@ -73,6 +90,7 @@ def write_product(
     without: Collection[str] = (),
     replaced: Mapping[int, Mapping[str, Tensor]] | None = None,
     delta: NewDelta | None = None,
+    backbone: NewBackbone | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write a product atomically: what `previous` has, changed by what is given.
@@ -88,6 +106,7 @@ def write_product(
         without: modalities whose connectors are left out.
         replaced: by stage, factors that count instead of those that were trained (merge).
         delta: appended to the lineage with coefficient 1.
+        backbone: full weights in the place of the previous ones.
         provenance: what else to record.
 
     Raises:
@@ -104,9 +123,12 @@ def write_product(
     )
     require_space(product.parent, size + 1_000_000)
     with committed_folder(product) as folder:
-        files = [entry.file for entry in kept.values()]
+        full = before.backbone if before and backbone is None else None
+        files = [entry.file for entry in (*kept.values(), *(full.files if full else ()))]
         for file in [*files, *(file for entry in entries for file in entry.files)]:
             link_or_copy(_of(previous) / file, folder / file)
+        if backbone is not None:
+            full = _link_backbone(folder, backbone)
         for modality, tensors in connectors.items():
             file = f"connectors/{modality}.safetensors"
             kept[modality] = FileEntry(file=file, sha256=save_tensors(folder / file, tensors))
@@ -125,9 +147,19 @@ def write_product(
             lineage=tuple(entries),
             connectors=dict(sorted(kept.items())),
             provenance={**(provenance or {}), "software": software_versions()},
+            backbone=full,
         )
         write_json(folder / MANIFEST, dataclasses.asdict(manifest))
     return manifest
+
+
+def _link_backbone(product: Path, new: NewBackbone) -> FullBackbone:
+    entries = []
+    for path in sorted(entry for entry in new.folder.iterdir() if entry.is_file()):
+        file = f"{BACKBONE}/{path.name}"
+        link_or_copy(path, product / file)
+        entries.append(FileEntry(file=file, sha256=sha256_file(product / file)))
+    return FullBackbone(files=tuple(entries), stages=new.stages)
 
 
 def _of(previous: Path | None) -> Path:

@@ -15,7 +15,7 @@ import yaml
 
 from mera_ds.errors import InputError
 from mera_ds.files import write_bytes
-from mera_ds.mergeconfig import MergeConfig
+from mera_ds.mergeconfig import CMA, MergeConfig
 from mera_ds.settings import apply_overrides, dump, parse, read_yaml, require_known
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -97,7 +97,7 @@ class PhaseConfig:
     """Global batch in samples, whatever the number of processes."""
     lr_connector: float
     lr_backbone: float | None = None
-    """Learning rate of LoRA; only for the phase that trains the backbone."""
+    """Learning rate of LoRA or the whole backbone; only for the phase that trains it."""
     epochs: int = 1
     max_steps: int | None = None
     """Stop after so many optimizer steps (the epochs bound it as well)."""
@@ -166,7 +166,7 @@ class ExecutionConfig:
     max_nonfinite_steps: int = 8
     """Stop when more steps than this had a non-finite loss or gradient."""
     timeout_seconds: int = 1800
-    """How long a collective operation waits for a missing rank."""
+    """How long ranks wait for one that shows no sign of life or doesn't get on, before all end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +186,8 @@ class RunConfig:
     prompt: PromptConfig
     modalities: Mapping[str, ModalityConfig]
     plugins: tuple[str, ...] = ()  # files with kinds of one's own, see `mera_ds.registry`
+    tuning: Literal["lora", "full"] = "lora"
+    """What tune trains of the backbone: LoRA factors on it, or all of its weights."""
     lora: LoraConfig
     align: PhaseConfig
     tune: PhaseConfig
@@ -205,6 +207,11 @@ class RunConfig:
             raise InputError(f"order names a modality twice: {', '.join(self.order)}")
         if self.tune.lr_backbone is None:
             raise InputError("tune.lr_backbone is missing; tune trains connector and backbone")
+        if self.tuning == "full" and self.merge.method != CMA:
+            raise InputError(
+                f"merge.method={self.merge.method} works on LoRA's deltas, and tuning=full has "
+                f"none; use merge.method={CMA}, or tuning=lora"
+            )
 
     def phase(self, name: str) -> PhaseConfig:
         """Return the hyperparameters of `align`, `tune` or `realign`."""

@@ -111,9 +111,16 @@ def main_rank_first(world: World) -> Iterator[bool]:
 
     The block receives whether this rank is to do the work.
     """
+    with together():
+        yield world.is_main
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Run a block on every rank; an error on one is raised on all, when all have ended it."""
     error: MeraError | None = None
     try:
-        yield world.is_main
+        yield
     except MeraError as caught:
         error = caught
     first = next((entry for entry in gather(error) if entry is not None), None)

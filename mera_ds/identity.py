@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mera_ds.checkpoint import hash_backbone, read_manifest, remembered_sha256
+from mera_ds.checkpoint import BACKBONE, hash_backbone, read_manifest, remembered_sha256
 from mera_ds.config import ComponentConfig, RunConfig, cache_folder, resolve_path
-from mera_ds.errors import InputError
+from mera_ds.errors import DataError, InputError
 from mera_ds.files import sha256_json
 from mera_ds.mergeconfig import CMA
 from mera_ds.plan import LORA, MergeStep, Plan, Step, TrainStep
@@ -32,6 +32,22 @@ def hash_memory() -> Path:
 def base_sha256(config: RunConfig, run: Path) -> str:
     """Return the hash of the configured backbone folder."""
     return hash_backbone(resolve_path(config.backbone.path, run), hash_memory())
+
+
+def backbone_folder(config: RunConfig, run: Path, product: Path | None) -> Path:
+    """Return the HF folder that a product's deltas are added to: its full backbone, or the base.
+
+    Raises:
+        DataError: if a file of the full backbone is missing or was changed.
+    """
+    full = None if product is None else read_manifest(product).backbone
+    if product is None or full is None:
+        return resolve_path(config.backbone.path, run)
+    for entry in full.files:
+        path = product / entry.file
+        if not path.exists() or remembered_sha256(path, hash_memory()) != entry.sha256:
+            raise DataError(f"{path} is missing, or was changed or damaged; restore it")
+    return product / BACKBONE
 
 
 def data_folders(config: RunConfig, run: Path, modality: str) -> list[Path]:

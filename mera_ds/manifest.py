@@ -1,4 +1,4 @@
-"""What a product's `manifest.json` says: the base, the lineage of deltas, the connectors.
+"""What a product's `manifest.json` says: base, lineage of deltas or full backbone, connectors.
 
 Imports no torch: a lineage can be read, checked and re-weighted without touching a weight.
 """
@@ -15,9 +15,10 @@ from mera_ds.files import read_json, sha256_json
 from mera_ds.settings import parse
 
 MANIFEST = "manifest.json"
-SCHEMA = 2
-READABLE = (1, 2)
-"""Schema 1 had no coefficients of single layers, no replaced factors, no Fisher information."""
+SCHEMA = 3
+READABLE = (1, 2, 3)
+"""Schema 1 had no coefficients of single layers, no replaced factors, no Fisher information;
+schema 2 no full backbone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,28 @@ class DeltaEntry(Factors):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FullStage:
+    """One stage of full fine-tuning in the history of a full backbone."""
+
+    stage: int
+    modality: str
+    coefficient: str
+    """What the tuned backbone counted in the merge with the one before; 1 before the merge."""
+    parent: str
+    """`backbone_sha256` of the backbone that was tuned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullBackbone:
+    """All weights of a backbone that was tuned as a whole, as an HF folder in the product."""
+
+    files: tuple[FileEntry, ...]
+    """Weights, configuration and what else such a folder holds."""
+    stages: tuple[FullStage, ...]
+    """How it came about, the newest stage last."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What `manifest.json` holds."""
 
@@ -96,11 +119,13 @@ class Manifest:
     lineage: tuple[DeltaEntry, ...]
     connectors: Mapping[str, FileEntry]
     provenance: Mapping[str, Any]
+    backbone: FullBackbone | None = None
+    """What stands in the place of the base."""
 
     @property
     def backbone_sha256(self) -> str:
-        """Identity of the backbone: base, and each delta with its coefficient."""
-        return backbone_identity(self.base_sha256, self.lineage)
+        """Identity of the backbone: base or full weights, and each delta with its coefficient."""
+        return backbone_identity(self.base_sha256, self.lineage, self.backbone)
 
     @property
     def model_sha256(self) -> str:
@@ -109,9 +134,29 @@ class Manifest:
         return sha256_json([self.backbone_sha256, connectors])
 
 
-def backbone_identity(base_sha256: str, lineage: Iterable[DeltaEntry]) -> str:
-    """Return the hash that names θ_base + Σ c_i Δ_i."""
-    return sha256_json([base_sha256, [entry.term for entry in lineage]])
+def backbone_identity(
+    base_sha256: str, lineage: Iterable[DeltaEntry], full: FullBackbone | None = None
+) -> str:
+    """Return the hash that names θ_base + Σ c_i Δ_i, or the full weights."""
+    terms = [entry.term for entry in lineage]
+    if full is None:
+        return sha256_json([base_sha256, terms])
+    weights = [entry.sha256 for entry in full.files if entry.file.endswith(".safetensors")]
+    return sha256_json([base_sha256, terms, weights])
+
+
+def require_deltas(product: Path, manifest: Manifest) -> None:
+    """Refuse a product whose backbone is full, where only deltas can be changed or written.
+
+    Raises:
+        InputError: naming it.
+    """
+    if manifest.backbone is not None:
+        raise InputError(
+            f"{product} was tuned as a whole (tuning: full), so there are no deltas to weigh or to "
+            "write as an adapter; 'mera-ds lineage export' without --method and --adapter writes "
+            "it, and 'launch/merge.py --previous … --tuned …' merges it in another way"
+        )
 
 
 def read_manifest(product: Path) -> Manifest:

@@ -19,6 +19,9 @@ from mera_ds.settings import parse
 LORA = "lora"
 """Trainable set: the LoRA factors on the backbone."""
 
+BACKBONE = "backbone"
+"""Trainable set: all weights of the backbone (full fine-tuning)."""
+
 Phase = Literal["align", "tune", "realign"]
 
 

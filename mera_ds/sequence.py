@@ -17,8 +17,9 @@ from mera_ds.config import REPOSITORY, RunConfig, load_config
 from mera_ds.distributed import World, ensure_launcher_variables, process_group
 from mera_ds.errors import InputError, Interrupted, MeraError
 from mera_ds.files import TEMPORARY, committed_folder, folder_lock, link_or_copy, remove_temporaries
-from mera_ds.identity import base_sha256, product_key
+from mera_ds.identity import backbone_folder, base_sha256, product_key
 from mera_ds.log import format_duration, logger
+from mera_ds.manifest import Manifest, backbone_identity
 from mera_ds.mergeconfig import CMA
 from mera_ds.plan import EvaluateStep, MergeStep, Plan, Step, TrainStep, load_plan
 from mera_ds.registry import load_plugins
@@ -96,19 +97,51 @@ def execute_merge(run: Run, step: MergeStep) -> None:
     start, output = run.folder / step.start, run.folder / step.output
     check_lineage(start, read_manifest(start), base_sha256(run.config, run.folder))
     facts: dict[str, Any] = {"key": key, "step": step.name, "stage": step.stage}
-    if step.method == CMA:
+    if read_manifest(start).backbone is not None:
+        manifest = _merge_full(run, step, key)
+    elif step.method == CMA:
         manifest = merge_product(start, output, coefficient=step.coefficient, **facts)
     else:
         method = open_method(step.method, step.options)
         if method.kind.warning is not None:
             logger.warning("%s: %s", step.name, method.kind.warning)
         manifest = merge_product_by(method, start, output, **facts)
+    weight = step.coefficient if manifest.backbone else manifest.lineage[-1].coefficient
     logger.info(
-        "%s: merged by %s, newest delta weighted by %s, backbone %s",
+        "%s: merged by %s, newest %s weighted by %s, backbone %s",
         step.name,
         step.method,
-        manifest.lineage[-1].coefficient,
+        "backbone" if manifest.backbone else "delta",
+        weight,
         manifest.backbone_sha256[:12],
+    )
+
+
+def _merge_full(run: Run, step: MergeStep, key: str) -> Manifest:
+    """Average the backbone that was tuned as a whole with the one that it was tuned from."""
+    from mera_ds.merge.full import FullMerge, merge_full_product
+    from mera_ds.merge.safetensors_io import DTYPE_NAMES
+
+    tune = run.plan.producer(step.start)
+    before = None if tune.start is None else run.folder / tune.start
+    base = base_sha256(run.config, run.folder)
+    merge = FullMerge(
+        tuned=run.folder / step.start,
+        previous=backbone_folder(run.config, run.folder, before),
+        previous_sha256=(
+            backbone_identity(base, ()) if before is None else read_manifest(before).backbone_sha256
+        ),
+        dtype=DTYPE_NAMES[run.config.backbone.dtype],
+    )
+    backbone_folder(run.config, run.folder, merge.tuned)  # checks its files
+    return merge_full_product(
+        merge,
+        run.folder / step.output,
+        (run.folder / step.output).with_name(step.kind),
+        key=key,
+        step=step.name,
+        stage=step.stage,
+        coefficient=step.coefficient,
     )
 
 

@@ -206,8 +206,8 @@ class TestManifest:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            ({"schema": 3}, DataError, "schema 3, expected 2"),
-            ({"schema": None}, DataError, "schema None, expected 2"),
+            ({"schema": 4}, DataError, "schema 4, expected 3"),
+            ({"schema": None}, DataError, "schema None, expected 3"),
             ({"lineages": []}, InputError, "key 'lineages'.*did you mean 'lineage'"),
             ({"base_sha256": 5}, InputError, "base_sha256 is 5; expected str"),
             ({"lineage": [{}]}, InputError, r"lineage\[0\]: missing key 'file'"),

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mera_ds.config import RunConfig, load_config, resolve_path
+from mera_ds.config import RunConfig, load_config
 from mera_ds.errors import InputError
 from mera_ds.files import folder_lock, sha256_json
 from mera_ds.manifest import (
@@ -19,6 +19,7 @@ from mera_ds.manifest import (
     check_lineage,
     is_finished,
     read_manifest,
+    require_deltas,
 )
 from mera_ds.plan import load_plan, stage_folder
 from mera_ds.settings import apply_overrides, require_known
@@ -140,10 +141,13 @@ def show(arguments: argparse.Namespace) -> None:
     chosen = choose(arguments)
     manifest = chosen.manifest
     print(f"{chosen.product}: model {manifest.model_sha256[:12]}, made by {manifest.step}")
+    made_of = "+ Σ c·s·BA" if manifest.backbone is None else "tuned as a whole"
     print(
-        f"  backbone {manifest.backbone_sha256[:12]} = base {manifest.base_sha256[:12]} + Σ c·s·BA"
+        f"  backbone {manifest.backbone_sha256[:12]} = base {manifest.base_sha256[:12]} {made_of}"
     )
-    print("  stage  modality      coefficient    scale   rank       size  trained on")
+    _show_full(chosen)
+    if manifest.lineage:
+        print("  stage  modality      coefficient    scale   rank       size  trained on")
     for entry in manifest.lineage:
         size = sum((chosen.product / file).stat().st_size for file in entry.files)
         print(
@@ -154,6 +158,20 @@ def show(arguments: argparse.Namespace) -> None:
     for modality, file in manifest.connectors.items():
         size = (chosen.product / file.file).stat().st_size
         print(f"  connector {modality}: {size / 1e6:.2f} MB, {file.sha256[:12]}")
+
+
+def _show_full(chosen: Chosen) -> None:
+    """Print how a backbone that was tuned as a whole came about."""
+    full = chosen.manifest.backbone
+    if full is None:
+        return
+    for stage in full.stages:
+        print(
+            f"  stage {stage.stage} ({stage.modality}): tuned from {stage.parent[:12]}, "
+            f"counted {stage.coefficient}"
+        )
+    size = sum((chosen.product / entry.file).stat().st_size for entry in full.files)
+    print(f"  full backbone: {size / 1e6:.2f} MB")
 
 
 def _coefficient(entry: DeltaEntry) -> str:
@@ -167,6 +185,7 @@ def _coefficient(entry: DeltaEntry) -> str:
 def reweight(arguments: argparse.Namespace) -> None:
     """Write a model with other coefficients beside the one it is made from."""
     chosen = choose(arguments)
+    require_deltas(chosen.product, chosen.manifest)
     change, facts = _change(arguments)
     from mera_ds.merge.lineage import reweight_product
 
@@ -239,6 +258,7 @@ def _place(chosen: Chosen, model: str) -> str:
 def undo(arguments: argparse.Namespace) -> None:
     """Write the model before the newest stage."""
     chosen = choose(arguments)
+    require_deltas(chosen.product, chosen.manifest)
     from mera_ds.merge.lineage import undo_product
 
     key = sha256_json({"kind": "undo", "start": _identity(chosen)})
@@ -279,11 +299,13 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.rank is not None and (not arguments.adapter or arguments.rank < 1):
         raise InputError("--rank is the adapter's, and at least 1: give --adapter")
     chosen = choose(arguments)
-    from mera_ds.identity import base_sha256
+    if arguments.adapter or arguments.method:
+        require_deltas(chosen.product, chosen.manifest)
+    from mera_ds.identity import backbone_folder, base_sha256
     from mera_ds.merge.export import export_folder
     from mera_ds.merge.lineage_adapter import export_adapter
 
-    base = resolve_path(chosen.config.backbone.path, chosen.run)
+    base = backbone_folder(chosen.config, chosen.run, chosen.product)
     check_lineage(chosen.product, chosen.manifest, base_sha256(chosen.config, chosen.run))
     model: Sequence[Any] = (base, chosen.product, chosen.manifest, arguments.out)
     if arguments.adapter:

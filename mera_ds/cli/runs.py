@@ -87,7 +87,8 @@ def plan(arguments: argparse.Namespace) -> None:
 def _describe(run: "Run", step: Step) -> str:
     start = "the bare backbone" if step.start is None else run.plan.producer(step.start).name
     if isinstance(step, MergeStep):
-        what = f"weigh the newest delta by {step.coefficient}" if step.coefficient else step.method
+        newest = "tuned backbone" if run.config.tuning == "full" else "newest delta"
+        what = f"weigh the {newest} by {step.coefficient}" if step.coefficient else step.method
         return f"{what}  from {start}"
     if isinstance(step, EvaluateStep):
         return f"generate and score on {', '.join(step.modalities)}  with {start}"

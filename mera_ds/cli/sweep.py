@@ -11,6 +11,7 @@ from mera_ds.cli.lineage import Chosen, add_model_arguments, choose
 from mera_ds.errors import InputError
 from mera_ds.evaluate import pareto
 from mera_ds.files import write_bytes, write_json
+from mera_ds.manifest import require_deltas
 
 if TYPE_CHECKING:  # it needs torch
     from mera_ds.evaluate.sweep import Candidate
@@ -35,6 +36,7 @@ def merge_sweep(arguments: argparse.Namespace) -> None:
     if arguments.samples < 1:
         raise InputError(f"--samples is {arguments.samples}; it must be at least 1")
     chosen = choose(arguments)
+    require_deltas(chosen.product, chosen.manifest)
     from mera_ds.distributed import ensure_launcher_variables, process_group
     from mera_ds.evaluate.sweep import sweep
     from mera_ds.log import set_up_console

@@ -23,7 +23,8 @@ CARD = "README.md"
 
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
 """Endings of files with weights: those of the previous checkpoint are not those of the merge."""
-_OURS = frozenset((RECORD, REPORT, CARD))
+MERGE_FILES = frozenset((RECORD, REPORT, CARD))
+"""What a merge writes about itself."""
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -100,7 +101,7 @@ def _carried_over(plan: MergePlan) -> Iterator[Path]:
     own = [path for path in sorted(plan.previous.iterdir()) if path.is_file()]
     names = {path.name for path in own}
     for path in own:
-        if not path.name.endswith(_NOT_COPIED) and path.name not in _OURS:
+        if not path.name.endswith(_NOT_COPIED) and path.name not in MERGE_FILES:
             yield path
     for name in (*OTHER_IDS, *OTHER_TEXT, "generation_config.json"):
         if name not in names and (plan.tuned / name).exists() and not plan.adapter:

@@ -21,6 +21,8 @@ from mera_ds.deltas import FactorFile, add_products
 from mera_ds.errors import DataError, InputError
 from mera_ds.files import committed_folder, failpoint, read_json, require_space, write_json
 from mera_ds.manifest import MANIFEST, Manifest
+from mera_ds.merge.card import MERGE_FILES
+from mera_ds.merge.compare import RECORD as MERGE_RECORD
 from mera_ds.merge.lineage import merge_updates
 from mera_ds.merge.methods import Method
 from mera_ds.merge.updates import layers_of, open_updates
@@ -134,7 +136,7 @@ def export_folder(
         for path, header in files.items():
             writer.write(path, header, folder / path.name)
             failpoint("export.after_file")
-        _carry_over(base, folder, target, sum(_bytes(e, target) for e in tensors.values()))
+        carry_over(base, folder, target, sum(_bytes(e, target) for e in tensors.values()))
         copy_product(product, manifest, folder)
         facts = {"dtype": dtype or "as the base", "relative_rounding": writer.rounding.relative}
         write_json(folder / RECORD, record(manifest, method) | facts)
@@ -266,10 +268,21 @@ def _require_fit(name: str, weight: Tensor, terms: Terms) -> None:
             )
 
 
-def _carry_over(base: Path, folder: Path, target: torch.dtype | None, size: int) -> None:
-    """Copy configuration, tokenizer and index, with what the dtype changes in them."""
+def carry_over(base: Path, folder: Path, target: torch.dtype | None, size: int) -> None:
+    """Copy configuration, tokenizer and index, with what the dtype changes in them.
+
+    What a merge has written about the base's weights is left out.
+
+    Args:
+        base: an HF folder.
+        folder: where the files go.
+        target: dtype of the weights there; None: as in the base.
+        size: bytes of all weights there.
+    """
+    merged = (base / MERGE_RECORD).exists()
     for source in sorted(base.iterdir()):
-        if source.is_file() and not source.name.endswith(_WEIGHTS):
+        left_out = source.name.endswith(_WEIGHTS) or (merged and source.name in MERGE_FILES)
+        if source.is_file() and not left_out:
             shutil.copyfile(source, folder / source.name)
     if (base / INDEX).exists():
         index = read_json(base / INDEX)

@@ -13,6 +13,6 @@ def plan(config: RunConfig) -> Plan:
     steps: list[Step] = []
     for number, modality in enumerate(config.order, start=1):
         model = f"{stage_folder(number, modality)}/model"
-        steps += learn(number, modality, None, model)
+        steps += learn(config, number, modality, None, model)
         steps.append(evaluate(number, modality, model, [modality]))
     return Plan(method="expert", steps=tuple(steps))

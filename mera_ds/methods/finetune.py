@@ -11,7 +11,7 @@ def plan(config: RunConfig) -> Plan:
     previous = None
     for number, modality in enumerate(config.order, start=1):
         model = f"{stage_folder(number, modality)}/model"
-        steps += learn(number, modality, previous, model)
+        steps += learn(config, number, modality, previous, model)
         steps.append(evaluate(number, modality, model, config.order[:number]))
         previous = model
     return Plan(method="finetune", steps=tuple(steps))

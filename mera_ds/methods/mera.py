@@ -32,7 +32,7 @@ def plan(config: RunConfig) -> Plan:
     for number, modality in enumerate(config.order, start=1):
         model = f"{stage_folder(number, modality)}/model"
         if number == 1:
-            steps += learn(number, modality, previous, model)
+            steps += learn(config, number, modality, previous, model)
         else:
             steps += _merge_and_realign(config, number, modality, previous, model)
         steps.append(evaluate(number, modality, model, config.order[:number]))
@@ -44,7 +44,7 @@ def _merge_and_realign(
     config: RunConfig, stage: int, modality: str, previous: str | None, model: str
 ) -> list[Step]:
     folder = stage_folder(stage, modality)
-    learned = learn(stage, modality, previous, f"{folder}/tuned")
+    learned = learn(config, stage, modality, previous, f"{folder}/tuned")
     merge = MergeStep(
         name=step_name(stage, modality, "merge"),
         stage=stage,

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+from mera_ds.config import RunConfig
 from mera_ds.plan import (
+    BACKBONE,
     LORA,
     DataPart,
     EvaluateStep,
@@ -18,14 +20,15 @@ def step_name(stage: int, modality: str, what: str) -> str:
 
 
 def learn(
-    stage: int, modality: str, start: str | None, tune_output: str
+    config: RunConfig, stage: int, modality: str, start: str | None, tune_output: str
 ) -> tuple[TrainStep, TrainStep]:
-    """Align the new connector on captions, then tune it together with LoRA on captions and QA.
+    """Align the new connector on captions, then tune it with the backbone on captions and QA.
 
     This is the standard training of an MLLM on one modality (paper, sections 4.1 and 5.1): from
     the previous stage's model, which gives θ_tuned.
 
     Args:
+        config: says what is tuned of the backbone: LoRA on it, or all of it.
         stage: number of the stage, from 1.
         modality: what to learn.
         start: output of the previous stage; None: the bare backbone.
@@ -50,7 +53,7 @@ def learn(
         modality=modality,
         phase="tune",
         start=align.output,
-        trainable=(connector, LORA),
+        trainable=(connector, BACKBONE if config.tuning == "full" else LORA),
         data=data,
         output=tune_output,
     )

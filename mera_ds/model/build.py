@@ -15,8 +15,8 @@ from mera_ds.checkpoint import (
     read_manifest,
     require_tensors,
 )
-from mera_ds.config import RunConfig, resolve_path
-from mera_ds.identity import base_sha256, weights_path
+from mera_ds.config import RunConfig
+from mera_ds.identity import backbone_folder, base_sha256, weights_path
 from mera_ds.model.backbone import fold_lineage, load_backbone
 from mera_ds.model.connectors import Connector, build_connector
 from mera_ds.model.encoders import Encoder, build_encoder
@@ -63,12 +63,13 @@ def build_model(
         InputError: if the product belongs to another backbone.
         DataError: if a file does not fit.
     """
-    llm = load_backbone(config.backbone, resolve_path(config.backbone.path, run))
+    llm = load_backbone(config.backbone, backbone_folder(config, run, product))
     manifest = None
     if product is not None:
         manifest = read_manifest(product)
         check_lineage(product, manifest, base_sha256(config, run))
-        fold_lineage(llm, product, manifest)
+        if manifest.lineage:
+            fold_lineage(llm, product, manifest)
     embedding: Any = llm.get_input_embeddings()
     width = int(embedding.embedding_dim)
     connectors = {

@@ -1,6 +1,7 @@
 """Which parameters train: named sets, chosen by name, checked as sets.
 
-`connector:<modality>` is one connector; `lora` is all LoRA factors of the backbone.
+`connector:<modality>` is one connector; `lora` is all LoRA factors of the backbone; `backbone` is
+all weights of a backbone without LoRA.
 """
 
 from collections.abc import Collection
@@ -9,21 +10,22 @@ from torch import nn
 
 from mera_ds.model.lora import lora_parameters
 from mera_ds.model.mllm import MultimodalLM
-from mera_ds.plan import LORA, connector_set
+from mera_ds.plan import BACKBONE, LORA, connector_set
 from mera_ds.settings import require_known
 
 
 def parameter_sets(model: MultimodalLM) -> dict[str, dict[str, nn.Parameter]]:
     """Return every trainable set that the model has, as names and parameters.
 
-    Connector parameters have the names of their files; LoRA factors those of the delta file.
+    Connector parameters have the names of their files, LoRA factors those of the delta file, and
+    the backbone's those of an HF checkpoint (tied weights once).
     """
     sets = {
         connector_set(modality): dict(connector.named_parameters())
         for modality, connector in model.connectors.items()
     }
     lora = lora_parameters(model.llm)
-    return {**sets, LORA: lora} if lora else sets
+    return {**sets, LORA: lora} if lora else {**sets, BACKBONE: dict(model.llm.named_parameters())}
 
 
 def set_trainable(

@@ -16,7 +16,7 @@ What is arranged here, and why:
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from mera_ds.distributed import World
 from mera_ds.errors import InputError, NumericError
 from mera_ds.files import read_json
 from mera_ds.model.mllm import MultimodalLM
+from mera_ds.plan import BACKBONE
+from mera_ds.train.shares import SharedTensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,8 +40,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class EngineState:
     """What training resumes from; tensors are full, fp32, on the CPU, named as in their files."""
 
-    parameters: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    parameters: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
     """`<name>.exp_avg` and `<name>.exp_avg_sq`."""
     scalars: dict[str, float]
     """Adam's step count and the state of the loss scaler."""
@@ -70,13 +72,17 @@ class Engine:
             for group, entry in sets.items()
             for name, parameter in entry.items()
         }
-        exact = {name: entry.detach().float().cpu() for name, entry in self._named.items()}
+        self._shapes = {name: tuple(entry.shape) for name, entry in self._named.items()}
+        exact = {
+            name: entry.detach().cpu()
+            for name, entry in self._named.items()
+            if dtype != "fp32" and entry.dtype == torch.float32
+        }
         self._engine = _initialize(model, sets, phase, execution, dtype)
         self._create_moments()
-        if dtype != "fp32":
-            # DeepSpeed casts the model first and takes its masters from the rounded weights.
-            for name, parameter in self._named.items():
-                self._set_full(parameter, None, exact[name])
+        # DeepSpeed casts the model first and takes its masters from the rounded weights.
+        for name, value in exact.items():
+            self._set_full(self._named[name], None, value)
         if dtype == "fp16":
             # At the lowest scale a skipped step is counted as not finite instead.
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -172,12 +178,46 @@ class Engine:
             parameters[name] = self._full(parameter, None)
             for key in MOMENTS:
                 moments[f"{name}.{key}"] = self._full(parameter, key)
-        steps = [float(self._optimizer.state[entry]["step"]) for entry in self._masters()]
-        return EngineState(parameters, moments, {"adam_step": steps[0], **self._scaler_state()})
+        return EngineState(parameters, moments, self.scalars())
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Return the full fp32 trainable tensors; every rank must call it."""
-        return {name: self._full(entry, None) for name, entry in self._named.items()}
+    def scalars(self) -> dict[str, float]:
+        """Return Adam's step count and the state of the loss scaler."""
+        steps = [float(self._optimizer.state[entry]["step"]) for entry in self._masters()]
+        return {"adam_step": steps[0], **self._scaler_state()}
+
+    def parameters(self, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """Return the full fp32 trainable tensors of all sets but some; every rank must call it."""
+        return {
+            name: self._full(entry, None)
+            for name, entry in self._named.items()
+            if name.partition("/")[0] not in without
+        }
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the whole backbone trains, so that no rank may hold the full state."""
+        return any(name.startswith(f"{BACKBONE}/") for name in self._named)
+
+    def shared_backbone(self) -> list[SharedTensor]:
+        """Return the fp32 weights of the trained backbone under their names in an HF checkpoint."""
+        prefix = f"{BACKBONE}/"
+        return [
+            self._shared(name, None, name.removeprefix(prefix))
+            for name in self._named
+            if name.startswith(prefix)
+        ]
+
+    def shared_state(self) -> list[SharedTensor]:
+        """Return the tensors of `state`, parameters and moments, to be gathered one by one."""
+        entries = [(name, key) for name in self._named for key in (None, *MOMENTS)]
+        return [
+            self._shared(name, key, name if key is None else f"{name}.{key}")
+            for name, key in entries
+        ]
+
+    def _shared(self, name: str, key: str | None, title: str) -> SharedTensor:
+        parameter = self._named[name]
+        return SharedTensor(title, self._shapes[name], lambda: self._gathered(parameter, key))
 
     def mean_squared_gradients(self, group: str) -> dict[str, Tensor]:
         """Return Adam's second moments of one set, without their bias to 0; all ranks call it."""
@@ -190,6 +230,9 @@ class Engine:
         }
 
     def _full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        return self._gathered(parameter, key).float().cpu().clone()
+
+    def _gathered(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self._zero == 0:
@@ -198,7 +241,7 @@ class Engine:
             value = safe_get_full_fp32_param(parameter)
         else:
             value = safe_get_full_optimizer_state(parameter, key)
-        return value.detach().float().cpu().clone()
+        return value.detach()
 
     def load_state(self, state: EngineState) -> None:
         """Take over a state, on whatever number of ranks it was saved."""

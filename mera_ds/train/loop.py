@@ -25,8 +25,10 @@ from mera_ds.files import failpoint
 from mera_ds.log import Metrics, format_duration, logger
 from mera_ds.model.build import seed_everything
 from mera_ds.train.engine import Engine
+from mera_ds.train.full import save_shared_checkpoint
 from mera_ds.train.schedule import learning_rate_factor
 from mera_ds.train.state import Progress, load_checkpoint, save_checkpoint
+from mera_ds.train.watch import Watch
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -51,6 +53,7 @@ def train_phase(
     execution: ExecutionConfig,
     world: World,
     metrics: Metrics,
+    watch: Watch,
 ) -> None:
     """Train from the newest checkpoint, or from the start, to the end of the phase.
 
@@ -60,16 +63,17 @@ def train_phase(
         RankError: before the first step, if the ranks would take different steps.
     """
     require_equal((loader.total_steps, loader.order_hash()), "number of steps and order of data")
-    progress = _resume(engine, phase)
+    progress = _resume(engine, phase, world)
     console = _Console(phase.name, progress.step, loader.total_steps)
     with _stop_signal() as stop:
-        for step, batches in loader.batches(progress.step):
+        for step, batches in _marked(loader, progress.step, watch):
             failpoint("train.step")
             seed_everything(phase.seed, phase.name, step, world.rank)
+            stop[0] |= watch.launcher_is_gone
             tokens, stopping = _agree(batches, stop)
             rates = _rates(phase, step, loader.total_steps)
             started = time.monotonic()
-            loss = _accumulate(engine, batches, tokens)
+            loss = _accumulate(engine, batches, tokens, step, watch)
             applied = engine.step(rates)
             loss = _sum_over_ranks(loss)
             faulty = not applied and not engine.only_lowered_scale(loss)
@@ -90,6 +94,7 @@ def train_phase(
             if stopping:
                 break
             if due:
+                watch.mark(step, "saving")
                 _save(engine, phase, progress, execution, world)
         if _agree((), stop)[1]:
             _save(engine, phase, progress, execution, world)
@@ -99,8 +104,8 @@ def train_phase(
             )
 
 
-def _resume(engine: Engine, phase: Phase) -> Progress:
-    found = load_checkpoint(phase.folder, phase.key)
+def _resume(engine: Engine, phase: Phase, world: World) -> Progress:
+    found = load_checkpoint(phase.folder, phase.key, world)
     if found is None:
         return Progress(0, 0)
     progress, state = found
@@ -111,6 +116,10 @@ def _resume(engine: Engine, phase: Phase) -> Progress:
 def _save(
     engine: Engine, phase: Phase, progress: Progress, execution: ExecutionConfig, world: World
 ) -> None:
+    if engine.is_large:
+        keep = execution.keep_checkpoints
+        save_shared_checkpoint(engine, phase.folder, phase.key, progress, keep, world)
+        return
     state = engine.state()
     with main_rank_first(world) as mine:
         if mine:
@@ -135,11 +144,22 @@ def _sum_over_ranks(value: float) -> float:
     return float(total)
 
 
-def _accumulate(engine: Engine, batches: Sequence[Batch], tokens: int) -> float:
-    last = len(batches) - 1
-    return sum(
-        engine.backward(batch, tokens, position == last) for position, batch in enumerate(batches)
-    )
+def _marked(loader: StepLoader, start: int, watch: Watch) -> Iterator[tuple[int, Sequence[Batch]]]:
+    """Yield the steps of a loader, and mark that they are read."""
+    steps = loader.batches(start)
+    for step in range(start, loader.total_steps):
+        watch.mark(step, "reading", loader.sample_ids(step))
+        yield next(steps)
+
+
+def _accumulate(
+    engine: Engine, batches: Sequence[Batch], tokens: int, step: int, watch: Watch
+) -> float:
+    loss = 0.0
+    for position, batch in enumerate(batches):
+        watch.mark(step, "computing", [sample.id for sample in batch.samples])
+        loss += engine.backward(batch, tokens, position == len(batches) - 1)
+    return loss
 
 
 def _rates(phase: Phase, step: int, total: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from mera_ds.config import PhaseConfig
 from mera_ds.errors import InputError
-from mera_ds.plan import LORA
+from mera_ds.plan import BACKBONE, LORA
 
 
 def peak_rates(
@@ -21,11 +21,12 @@ def peak_rates(
     Raises:
         InputError: if the backbone trains but has no rate.
     """
-    if LORA in sets and phase.lr_backbone is None:
+    backbone = {BACKBONE, LORA} & set(sets)
+    if backbone and phase.lr_backbone is None:
         raise InputError("this phase trains the backbone, but its lr_backbone is not set")
     rates = {name: phase.lr_connector for name in sets}
-    if phase.lr_backbone is not None and LORA in sets:
-        rates[LORA] = phase.lr_backbone
+    if phase.lr_backbone is not None:
+        rates |= dict.fromkeys(backbone, phase.lr_backbone)
     return {name: rate * scales.get(name, 1.0) for name, rate in rates.items()}
 
 

@@ -1,5 +1,6 @@
 """Carrying out one training step of a plan: product → model → data → loop → product."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,7 +8,15 @@ import torch
 from torch import Tensor
 
 from mera_ds.batch import pad_features
-from mera_ds.checkpoint import NewDelta, is_finished, write_product
+from mera_ds.checkpoint import BACKBONE as BACKBONE_FOLDER
+from mera_ds.checkpoint import (
+    FullStage,
+    NewBackbone,
+    NewDelta,
+    is_finished,
+    read_manifest,
+    write_product,
+)
 from mera_ds.config import PhaseConfig, RunConfig, resolve_path
 from mera_ds.data.dataset import TRAIN, ModalityData, UnitReader
 from mera_ds.data.loader import LoaderSettings, MixturePart, StepLoader
@@ -16,20 +25,23 @@ from mera_ds.data.replay import replay_sample
 from mera_ds.distributed import World, main_rank_first, process_group
 from mera_ds.features import ENCODE_BATCH, open_data
 from mera_ds.files import write_json
-from mera_ds.identity import base_sha256, product_key, used_plugins
+from mera_ds.identity import backbone_folder, base_sha256, product_key, used_plugins
 from mera_ds.log import Metrics, logger
+from mera_ds.manifest import backbone_identity
 from mera_ds.merge.fisher import marginals_from_moments
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.build import build_encoders, build_model, move_to
 from mera_ds.model.connectors import Connector
 from mera_ds.model.mllm import MultimodalLM
 from mera_ds.model.trainable import set_trainable
-from mera_ds.plan import LORA, DataPart, Plan, TrainStep, connector_set
+from mera_ds.plan import BACKBONE, LORA, DataPart, Plan, TrainStep, connector_set
 from mera_ds.train.contract import check_token_counts
 from mera_ds.train.engine import Engine
+from mera_ds.train.full import write_backbone
 from mera_ds.train.loop import Phase, train_phase
 from mera_ds.train.schedule import peak_rates
 from mera_ds.train.state import remove_checkpoints
+from mera_ds.train.watch import Watch
 
 FIT_MEDIA = 512
 """How many media give a fresh connector its statistics."""
@@ -56,10 +68,14 @@ def run_train_step(run: Path, config: RunConfig, plan: Plan, step: TrainStep, wo
                 remove_checkpoints(_checkpoint_folder(run, step))  # if a kill came in between
                 logger.info("%s is finished", step.name)
             return
-        _train(run, config, step, key, world)
+        folder = _checkpoint_folder(run, step)
+        with Watch(folder, world, config.execution.timeout_seconds) as watch:
+            _train(run, config, step, key, world, watch)
 
 
-def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World) -> None:
+def _train(
+    run: Path, config: RunConfig, step: TrainStep, key: str, world: World, watch: Watch
+) -> None:
     start = run / step.start if step.start is not None else None
     modalities = [part.modality for part in step.data]
     settings = config.phase(step.phase)
@@ -88,10 +104,15 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
     phase = Phase(step.name, settings, rates, folder, key, config.seed)
     try:
         with Metrics(run, world.is_main) as metrics:
-            train_phase(engine, loader, phase, config.execution, world, metrics)
-        trained = engine.parameters()
+            train_phase(engine, loader, phase, config.execution, world, metrics, watch)
+        watch.mark(None, "writing the product")
+        trained = engine.parameters(without=[BACKBONE])
         moments = engine.mean_squared_gradients(LORA)
         buffers = connector_buffers(model)
+        if engine.is_large:
+            source = backbone_folder(config, run, start)
+            dtype = config.backbone.dtype
+            write_backbone(engine, source, folder / BACKBONE_FOLDER, dtype, world)
     finally:
         engine.close()
     with main_rank_first(world) as mine:
@@ -100,6 +121,7 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
                 _store_replay_list(folder, config, step.data, mixture)
             _write(run, config, step, key, start, {**trained, **buffers}, moments, fingerprints)
             remove_checkpoints(folder)
+            shutil.rmtree(folder / BACKBONE_FOLDER, ignore_errors=True)  # the product links it
 
 
 def _checkpoint_folder(run: Path, step: TrainStep) -> Path:
@@ -194,7 +216,9 @@ def _write(
         }
         for name in step.trainable
     }
-    delta = None
+    delta = backbone = None
+    if BACKBONE in step.trainable:
+        backbone = _tuned_backbone(run, config, step, start)
     if LORA in by_set:
         scale = config.lora.alpha / config.lora.rank
         delta = NewDelta(
@@ -218,6 +242,7 @@ def _write(
         previous=start,
         connectors=connectors,
         delta=delta,
+        backbone=backbone,
         provenance={
             "profile": config.profile,
             "seed": config.seed,
@@ -227,3 +252,21 @@ def _write(
         },
     )
     logger.info("%s: model %s in %s", step.name, manifest.model_sha256[:12], run / step.output)
+
+
+def _tuned_backbone(
+    run: Path, config: RunConfig, step: TrainStep, start: Path | None
+) -> NewBackbone:
+    """Return the backbone that was tuned as a whole, with its history."""
+    before = None if start is None else read_manifest(start)
+    bare = backbone_identity(base_sha256(config, run), ())
+    newest = FullStage(
+        stage=step.stage,
+        modality=step.modality,
+        coefficient="1",
+        parent=bare if before is None else before.backbone_sha256,
+    )
+    older = before.backbone.stages if before is not None and before.backbone is not None else ()
+    return NewBackbone(
+        folder=_checkpoint_folder(run, step) / BACKBONE_FOLDER, stages=(*older, newest)
+    )

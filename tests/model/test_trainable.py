@@ -52,8 +52,11 @@ def test_sets_have_the_names_of_their_files() -> None:
     assert len(sets[LORA]) == 2 * 2 * 7
 
 
-def test_without_lora_there_is_no_such_set() -> None:
-    assert set(parameter_sets(tiny_model(lora=False))) == {"connector:image", "connector:audio"}
+def test_without_lora_the_backbone_is_a_set() -> None:
+    model = tiny_model(lora=False)
+    sets = parameter_sets(model)
+    assert set(sets) == {"connector:image", "connector:audio", "backbone"}
+    assert set(sets["backbone"]) == set(model.llm.state_dict())
 
 
 @pytest.mark.parametrize(

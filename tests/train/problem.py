@@ -36,10 +36,11 @@ from mera_ds.model.build import build_encoders, build_model
 from mera_ds.model.encoders import Encoder
 from mera_ds.model.mllm import MultimodalLM
 from mera_ds.model.trainable import set_trainable
-from mera_ds.plan import LORA, connector_set
+from mera_ds.plan import BACKBONE, LORA, connector_set
 from mera_ds.train.engine import Engine
 from mera_ds.train.loop import Phase, train_phase
 from mera_ds.train.schedule import peak_rates
+from mera_ds.train.watch import Watch
 
 Array = npt.NDArray[np.float32]
 Sets = Mapping[str, Mapping[str, nn.Parameter]]
@@ -64,6 +65,8 @@ class Task:
     run: Path
     modalities: tuple[str, ...] = ("image",)
     lora: bool = False
+    full: bool = False
+    """Whether the whole backbone trains."""
     dtype: str = "fp32"
     settings: PhaseConfig = SETTINGS
     execution: ExecutionConfig = field(default_factory=lambda: ExecutionConfig(zero=1))
@@ -85,7 +88,8 @@ class Task:
     @property
     def sets(self) -> tuple[str, ...]:
         """The names of the trainable sets."""
-        return (*map(connector_set, self.modalities), *([LORA] if self.lora else []))
+        backbone = [name for name, on in ((LORA, self.lora), (BACKBONE, self.full)) if on]
+        return (*map(connector_set, self.modalities), *backbone)
 
 
 @dataclass(frozen=True)
@@ -223,8 +227,9 @@ def train(task: Task, world: World, folder: Path) -> Trained:
         messages = _Messages()
         logger.addHandler(messages)
         try:
-            with Metrics(folder, world.is_main) as metrics:
-                train_phase(engine, loader, phase, task.execution, world, metrics)
+            seconds = task.execution.timeout_seconds
+            with Metrics(folder, world.is_main) as metrics, Watch(folder, world, seconds) as watch:
+                train_phase(engine, loader, phase, task.execution, world, metrics, watch)
         finally:
             logger.removeHandler(messages)
         return trained(engine, start, losses(folder), messages.lines)
@@ -323,7 +328,7 @@ def plain_loop(
     groups: list[dict[str, Any]] = [
         {
             "params": list(entry.values()),
-            "peak": settings.lr_backbone if name == LORA else settings.lr_connector,
+            "peak": settings.lr_backbone if name in (LORA, BACKBONE) else settings.lr_connector,
         }
         for name, entry in sets.items()
     ]
