@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mera_ds.config import EvaluateConfig
-from mera_ds.data.dataset import ModalityData, UnitReader, UnitRef
+from mera_ds.data.dataset import ModalityData, UnitReader
 from mera_ds.errors import DataError
+from mera_ds.evaluate.items import Item
 from mera_ds.files import write_bytes
-from mera_ds.log import logger
 from mera_ds.model.mllm import MultimodalLM
 
 
@@ -24,58 +23,32 @@ class Prediction:
     prediction: str
 
 
+def questions(data: ModalityData, items: Sequence[Item]) -> list[Prediction]:
+    """Return the items as predictions in which nothing is said yet."""
+    return [
+        Prediction(data.unit_id(item.unit), item.question, item.references, "") for item in items
+    ]
+
+
 @dataclass(frozen=True)
-class Item:
-    """One test item: for captions a medium with all its captions, for QA one question."""
-
-    unit: UnitRef
-    question: str
-    references: tuple[str, ...]
-
-
-def test_items(data: ModalityData, dataset: str, task: str, limit: int | None) -> list[Item]:
-    """Return the items of a task: each medium once for captions, each question once for QA."""
-    items: dict[object, Item] = {}
-    for unit in data.units([task]):
-        if data.dataset(unit) != dataset:
-            continue
-        text = data.text(unit)
-        identity = (unit.reader, unit.medium) if task == "caption" else unit
-        before = items[identity].references if identity in items else ()
-        first = items[identity].unit if identity in items else unit
-        items[identity] = Item(first, text.question, (*before, *text.answers))
-    return list(items.values())[:limit]
-
-
-def predict(
-    model: MultimodalLM,
-    tokenizer: Any,
-    data: ModalityData,
-    reader: UnitReader,
-    items: Sequence[Item],
-    config: EvaluateConfig,
-    end_ids: Collection[int] = (),
-) -> list[Prediction]:
-    """Generate greedily for all items, in batches of similar prompt length.
+class Speaker:
+    """Generates greedily for the items of one task, batch by batch.
 
     Media are read batch by batch: those of a whole test set would not fit in memory.
-
-    `end_ids` are tokens that end a text beside the tokenizer's own (`PromptBuilder.end_ids`).
     """
-    lengths = [len(reader.pieces(item.unit, supervised=False).suffix) for item in items]
-    order = sorted(range(len(items)), key=lengths.__getitem__)
-    texts = [""] * len(items)
-    for start in range(0, len(order), config.batch_size):
-        chosen = order[start : start + config.batch_size]
-        batch = [reader.read(items[n].unit, supervised=False) for n in chosen]
-        said = model.generate(batch, config.max_new_tokens, tokenizer, end_ids)
-        for number, text in zip(chosen, said, strict=True):
-            texts[number] = text
-    logger.info("%s: %d predictions", data.modality, len(items))
-    return [
-        Prediction(data.unit_id(item.unit), item.question, item.references, text)
-        for item, text in zip(items, texts, strict=True)
-    ]
+
+    model: MultimodalLM
+    tokenizer: Any
+    reader: UnitReader
+    items: Sequence[Item]
+    max_new_tokens: int
+    end_ids: Collection[int] = ()
+    """Tokens that end a text beside the tokenizer's own (`PromptBuilder.end_ids`)."""
+
+    def __call__(self, positions: Sequence[int]) -> list[str]:
+        """Return what the model says about the items at some positions."""
+        batch = [self.reader.read(self.items[n].unit, supervised=False) for n in positions]
+        return self.model.generate(batch, self.max_new_tokens, self.tokenizer, self.end_ids)
 
 
 def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
