@@ -1,26 +1,13 @@
-"""Predictions: one JSON line per item, stored apart from scores so that scoring can be repeated."""
+"""Generation: what a model says about the items of a test, batch by batch."""
 
-import json
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from mera_ds.data.dataset import ModalityData, UnitReader
-from mera_ds.errors import DataError
 from mera_ds.evaluate.items import Item
-from mera_ds.files import write_bytes
+from mera_ds.evaluate.predictions import Prediction
 from mera_ds.model.mllm import MultimodalLM
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model said about one test item."""
-
-    id: str
-    question: str
-    references: tuple[str, ...]
-    prediction: str
 
 
 def questions(data: ModalityData, items: Sequence[Item]) -> list[Prediction]:
@@ -49,26 +36,3 @@ class Speaker:
         """Return what the model says about the items at some positions."""
         batch = [self.reader.read(self.items[n].unit, supervised=False) for n in positions]
         return self.model.generate(batch, self.max_new_tokens, self.tokenizer, self.end_ids)
-
-
-def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Write predictions as JSON lines, atomically."""
-    lines = [json.dumps(asdict(entry), ensure_ascii=False) for entry in predictions]
-    write_bytes(path, ("\n".join(lines) + "\n").encode())
-
-
-def load_predictions(path: Path) -> list[Prediction]:
-    """Read stored predictions.
-
-    Raises:
-        DataError: naming the line that is not a prediction.
-    """
-    found = []
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    for number, line in enumerate(lines, start=1):  # splitlines() would cut at U+2028, too
-        try:
-            value = json.loads(line)
-            found.append(Prediction(**{**value, "references": tuple(value["references"])}))
-        except (json.JSONDecodeError, TypeError, KeyError):
-            raise DataError(f"{path}:{number} is no prediction; delete the file") from None
-    return found

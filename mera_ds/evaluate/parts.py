@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mera_ds.distributed import World, gather, main_rank_first, share, together
 from mera_ds.errors import DataError
-from mera_ds.evaluate.generate import Prediction, load_predictions, save_predictions
+from mera_ds.evaluate.predictions import Prediction, load_predictions, save_predictions
 from mera_ds.files import failpoint
 from mera_ds.log import logger
 

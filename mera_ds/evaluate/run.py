@@ -16,9 +16,16 @@ from mera_ds.config import RunConfig, resolve_path
 from mera_ds.data.dataset import TEST
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World, main_rank_first, share
-from mera_ds.evaluate.generate import Prediction, Speaker, load_predictions, questions
+from mera_ds.evaluate.generate import Speaker, questions
 from mera_ds.evaluate.items import test_items, test_tasks
 from mera_ds.evaluate.parts import cut_into_parts, predict_in_parts
+from mera_ds.evaluate.predictions import (
+    PER_ITEM,
+    SCORES,
+    Prediction,
+    load_predictions,
+    predictions_name,
+)
 from mera_ds.evaluate.score import score_captions, score_questions
 from mera_ds.features import open_data
 from mera_ds.files import read_json, sha256_json, write_bytes, write_json
@@ -31,9 +38,8 @@ from mera_ds.plan import EvaluateStep
 from mera_ds.settings import dump
 from mera_ds.shards.format import read_index
 
-SCORES = "scores.json"
-PER_ITEM = "per_item.json"
-"""What each test item scored, for confidence intervals."""
+_SPEED = ("judge_concurrency", "judge_requests_per_minute", "judge_tokens_per_minute")
+"""Settings of the evaluation that change no score."""
 SHOWN = 8
 """Predictions of a test that TensorBoard shows."""
 
@@ -47,9 +53,9 @@ def evaluation_key(run: Path, config: RunConfig, step: EvaluateStep) -> str:
         ]
         for modality in step.modalities
     }
-    return sha256_json(
-        [manifest.key, manifest.model_sha256, dump(config.evaluate), dump(config.prompt), data]
-    )
+    settings = dump(config.evaluate)
+    settings = {name: value for name, value in settings.items() if name not in _SPEED}
+    return sha256_json([manifest.key, manifest.model_sha256, settings, dump(config.prompt), data])
 
 
 def evaluation_is_finished(run: Path, config: RunConfig, step: EvaluateStep) -> bool:
@@ -62,7 +68,7 @@ def evaluation_is_finished(run: Path, config: RunConfig, step: EvaluateStep) -> 
 
 def predictions_folder(run: Path, config: RunConfig, step: EvaluateStep) -> Path:
     """Return where an evaluation's predictions are kept; equal names, equal predictions."""
-    return run / step.output / "predictions" / evaluation_key(run, config, step)[:16]
+    return run / step.output / "predictions" / predictions_name(evaluation_key(run, config, step))
 
 
 def run_evaluate_step(run: Path, config: RunConfig, step: EvaluateStep, world: World) -> None:

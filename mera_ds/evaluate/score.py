@@ -8,8 +8,8 @@ from typing import Any
 from mera_ds.config import EvaluateConfig, cache_folder
 from mera_ds.errors import DataError, InputError
 from mera_ds.evaluate.cider import cider
-from mera_ds.evaluate.generate import Prediction
 from mera_ds.evaluate.judge import Judge, JudgeItem, OfflineJudge, accuracy
+from mera_ds.evaluate.predictions import Prediction
 from mera_ds.files import sha256_json
 
 
@@ -93,4 +93,7 @@ def make_judge(config: EvaluateConfig, cache: Path) -> Judge:
         base_url=config.judge_base_url,
         prices=Prices(*config.judge_prices) if config.judge_prices else None,
         max_dollars=config.judge_max_dollars,
+        concurrency=config.judge_concurrency,
+        requests_per_minute=config.judge_requests_per_minute,
+        tokens_per_minute=config.judge_tokens_per_minute,
     )

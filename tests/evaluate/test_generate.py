@@ -16,14 +16,9 @@ from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World
 from mera_ds.errors import DataError
 from mera_ds.evaluate import items
-from mera_ds.evaluate.generate import (
-    Prediction,
-    Speaker,
-    load_predictions,
-    questions,
-    save_predictions,
-)
+from mera_ds.evaluate.generate import Speaker, questions
 from mera_ds.evaluate.parts import cut_into_parts, predict_in_parts
+from mera_ds.evaluate.predictions import Prediction, load_predictions, save_predictions
 from mera_ds.identity import data_folders
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.build import build_encoders, build_model

@@ -8,8 +8,8 @@ import pytest
 from train.processes import Ranks, run_ranks
 
 from mera_ds.distributed import World
-from mera_ds.evaluate.generate import Prediction, load_predictions, save_predictions
 from mera_ds.evaluate.parts import MOST_PARTS, cut_into_parts, predict_in_parts
+from mera_ds.evaluate.predictions import Prediction, load_predictions, save_predictions
 
 from .models import evaluate_on_ranks, make_model, steps
 

@@ -12,8 +12,8 @@ import pytest
 from mera_ds.config import EvaluateConfig, load_config
 from mera_ds.distributed import World
 from mera_ds.errors import InputError
-from mera_ds.evaluate.generate import Prediction, load_predictions, save_predictions
 from mera_ds.evaluate.judge import OfflineJudge
+from mera_ds.evaluate.predictions import Prediction, load_predictions, save_predictions
 from mera_ds.evaluate.run import evaluation_is_finished, run_evaluate_step
 from mera_ds.evaluate.score import make_judge, score_captions, score_questions
 from mera_ds.report.results import Score, read_runs
