@@ -66,7 +66,9 @@ def test_the_command_compares_with_a_server(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def respond(number: int, payload: dict[str, Any]) -> Reply:
-        word = "yes" if "cat" in payload["messages"][1]["content"].split("Predicted")[1] else "no"
+        asked = payload["messages"][1]["content"]
+        said = asked.partition("Predicted Answer: ")[2].splitlines()[0]
+        word = "yes" if "cat" in said else "no"
         return completion(f"{{'pred': '{word}', 'score': 3}}")
 
     server.respond = respond
