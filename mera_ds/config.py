@@ -133,6 +133,10 @@ class EvaluateConfig:
     judge_base_url: str | None = None
     judge_max_dollars: float = 5.0
     """Stop asking the judge when this much was spent in one task."""
+    judge_concurrency: int = 8
+    judge_requests_per_minute: int | None = None
+    judge_tokens_per_minute: int | None = None
+    """None: as fast as the server answers."""
     judge_prices: tuple[float, ...] = ()
     """US dollars per million input and output tokens, for a model whose prices aren't known."""
     tokenizer: Literal["auto", "ptb-java", "ptb-python", "raw"] = "auto"

@@ -106,10 +106,10 @@ def require_equal(value: Any, what: str) -> None:
 
 
 @contextmanager
-def main_rank_first(world: World) -> Iterator[bool]:
-    """Run a block's work on rank 0 and pass its error on to all, so that no rank waits for ever.
+def together() -> Iterator[None]:
+    """Run a block on every rank and pass the first error on to all, so that no rank waits for ever.
 
-    The block receives whether this rank is to do the work.
+    The block holds no collective: the ranks meet at its end.
     """
     with together():
         yield world.is_main
@@ -126,3 +126,13 @@ def together() -> Iterator[None]:
     first = next((entry for entry in gather(error) if entry is not None), None)
     if first is not None:
         raise first
+
+
+@contextmanager
+def main_rank_first(world: World) -> Iterator[bool]:
+    """Run a block's work on rank 0 and pass its error on to all, so that no rank waits for ever.
+
+    The block receives whether this rank is to do the work.
+    """
+    with together():
+        yield world.is_main

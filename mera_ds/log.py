@@ -11,6 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mera_ds.machine import commit, hardware
+
+PROCESSES = "processes.jsonl"
+"""In a run: a line for every process that wrote figures, with the machine it ran on."""
+
 logger = logging.getLogger("mera_ds")
 
 
@@ -41,7 +46,7 @@ class Metrics:
 
     def __init__(self, run: Path, enabled: bool) -> None:
         self._enabled = enabled
-        self._path = run / "metrics.jsonl"
+        self._run = run
         self._folder = run / "tensorboard"
         self._events: _EventFile | None = None
         self._failed = False
@@ -50,6 +55,9 @@ class Metrics:
         if self._enabled:
             with self._tolerant(self._folder):
                 self._events = _EventFile(self._folder)
+            ranks = int(os.environ.get("WORLD_SIZE", "1"))
+            facts = {"commit": commit(), "hardware": hardware(), "ranks": ranks}
+            self._append(self._run / PROCESSES, facts)
         return self
 
     def __exit__(
@@ -66,12 +74,22 @@ class Metrics:
         """Append the figures of one step of the phase `name`."""
         if not self._enabled:
             return
-        with self._tolerant(self._path), self._path.open("a", encoding="utf-8") as file:
-            row = {"name": name, "step": step, "time": round(time.time(), 3), **values}
-            file.write(json.dumps(row) + "\n")
+        self._append(self._run / "metrics.jsonl", {"name": name, "step": step, **values})
         if self._events is not None:
             with self._tolerant(self._folder):
                 self._events.add(name, step, values)
+
+    def write_text(self, name: str, step: int, text: str) -> None:
+        """Show a text (Markdown) in TensorBoard."""
+        if self._events is not None:
+            with self._tolerant(self._folder):
+                self._events.add_text(name, step, text)
+
+    def _append(self, path: Path, row: dict[str, Any]) -> None:
+        """Append a line with the time."""
+        line = json.dumps({**row, "time": round(time.time(), 3)}, ensure_ascii=False)
+        with self._tolerant(path), path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     @contextmanager
     def _tolerant(self, target: Path) -> Iterator[None]:
@@ -107,6 +125,14 @@ class _EventFile:
         event = self._event(wall_time=time.time(), step=step)
         for key, value in values.items():
             event.summary.value.add(tag=f"{name}/{key}", simple_value=value)
+        self._write(event)
+
+    def add_text(self, name: str, step: int, text: str) -> None:
+        """Append a text, as TensorBoard's own `text_pb` lays it out."""
+        from tensorboard.plugins.text.summary import text_pb
+
+        event = self._event(wall_time=time.time(), step=step)
+        event.summary.CopyFrom(text_pb(name, text))
         self._write(event)
 
     def close(self) -> None:

@@ -222,7 +222,9 @@ def _carry_out(
     run: Run, step: Step, folders: Sequence[Path], world: World, clock: "_Clock"
 ) -> None:
     label = f"{run.folder.name} {step.name}"
-    inline = not isinstance(step, TrainStep) or run.config.execution.launcher == "inline"
+    execution = run.config.execution
+    alone = isinstance(step, EvaluateStep) and execution.processes == 1
+    inline = isinstance(step, MergeStep) or execution.launcher == "inline" or alone
     with folder_lock(run.folder):
         remove_temporaries(run.folder)
         if step_is_finished(run, step):
@@ -241,12 +243,13 @@ def _carry_out(
 
 
 def _launch(run: Run, step: Step) -> None:
-    """Start a training step under torchrun or deepspeed and pass on how it ended.
+    """Start a step under torchrun or deepspeed and pass on how it ended.
 
     The step's first rank takes the run's lock, so that ranks keep it which outlive this process
     and their launcher (torchrun's do when both are killed).
     """
-    script = "realign.py" if isinstance(step, TrainStep) and step.phase == "realign" else "stage.py"
+    phase = step.phase if isinstance(step, TrainStep) else "evaluate"
+    script = {"realign": "realign.py", "evaluate": "score.py"}.get(phase, "stage.py")
     execution = run.config.execution
     command = [
         *_launcher_command(execution.launcher, execution.processes),

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mera_ds"
 LAYERS = (
     {
         *("errors", "files", "settings", "mergeconfig", "config", "plan"),
-        *("batch", "distributed", "log"),
+        *("batch", "distributed", "log", "machine"),
     },
     {"media", "shards", "manifest", "checkpoint", "deltas", "identity", "registry", "doctor"},
     {"data", "model", "merge", "recipes", "pocket"},
@@ -29,7 +29,7 @@ PEERS_MAY_IMPORT = (0, 1, 7)
 """Layers whose units build on each other (never in a circle); in the others they may not."""
 WITHOUT_TORCH = (
     *("errors", "files", "settings", "mergeconfig", "config", "plan", "methods"),
-    *("manifest", "media", "doctor", "report", "cli"),
+    *("machine", "manifest", "media", "doctor", "report", "cli"),
 )
 READ_TORCH_FILES = (
     *("mera_ds/pocket/", "mera_ds/model/official.py"),

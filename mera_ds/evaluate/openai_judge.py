@@ -8,6 +8,7 @@ where it stopped when the same call is made again.
 import json
 import os
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from mera_ds.evaluate.judge_prompt import (
     joined_answers,
     parse_reply,
 )
+from mera_ds.evaluate.pace import Pace, seconds_until_retry
 from mera_ds.files import failpoint, full_disk_is_an_error, sha256_json
 from mera_ds.log import logger
 
@@ -77,6 +79,8 @@ class OpenAIJudge:
         concurrency: int = 8,
         timeout: float = 60.0,
         max_retries: int = 5,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
     ) -> None:
         """Prepare; nothing is sent yet.
 
@@ -86,8 +90,9 @@ class OpenAIJudge:
             max_dollars: refuse to start above this estimate, and stop asking when it is spent.
             timeout: seconds for one request.
             max_retries: repetitions of a request after 408, 409, 429, 5xx, a timeout or a broken
-                connection. The client waits between them as `Retry-After` says, else 0.5 s and
-                then twice as long each time up to 8 s, less a random part.
+                connection (see `seconds_until_retry`).
+            requests_per_minute: repetitions count; None: as fast as the server answers.
+            tokens_per_minute: of prompts and longest replies, estimated; None: no limit.
 
         Raises:
             InputError: the key is not in the environment, or the model's prices are not known.
@@ -109,9 +114,9 @@ class OpenAIJudge:
         self._concurrency = concurrency
         self._cache = _VerdictCache(cache)
         self._budget = _Budget(max_dollars)
-        self._client = openai.OpenAI(
-            api_key=key, base_url=base_url, timeout=timeout, max_retries=max_retries
-        )
+        self._pace = Pace(requests_per_minute, tokens_per_minute)
+        self._max_retries = max_retries
+        self._client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=0)
         self._failures = 0
 
     def estimate(self, items: Sequence[JudgeItem]) -> Estimate:
@@ -172,6 +177,23 @@ class OpenAIJudge:
         return Judgement("invalid", None, f"not understood: {reply[:200]!r}")
 
     def _ask(self, item: JudgeItem) -> tuple[str, float]:
+        """Ask until there is a reply; return it ("" for one without text) and its dollars."""
+        tokens = _prompt_tokens(item) + MAX_REPLY_TOKENS
+        attempt = 0
+        while True:
+            self._pace.wait(tokens)
+            try:
+                return self._send(item)
+            except openai.APIError as error:
+                seconds = seconds_until_retry(error, attempt)
+                if seconds is None or attempt == self._max_retries:
+                    raise
+                if isinstance(error, openai.RateLimitError):
+                    self._pace.hold(seconds)
+                time.sleep(seconds)
+                attempt += 1
+
+    def _send(self, item: JudgeItem) -> tuple[str, float]:
         """Send one request; return the reply ("" for one without text) and its cost in dollars."""
         cost = self._cost(_prompt_tokens(item), MAX_REPLY_TOKENS)
         try:

@@ -10,15 +10,20 @@ import re
 import unicodedata
 
 _ABBREVIATIONS = (
-    "adj adm adv al ala alex apr ariz assn assoc asst atty aug ave bancorp bhd bldg blvd brig bros "
-    "calif capt cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec del dept det dr drs "
-    "elec ens esq est etc ext feb fla fri ft ga gen gov govs hon inc ind insp intl invt jan jos jr "
-    "jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont mr mrs "
-    "ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc ppte ppty pres prof profs pte ptes "
-    "pty ptys pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt supts sys "
-    "tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo"
+    "adj adm adv alex assoc asst atty ave brig capt cf cie cmdr col comdr cpl del dept det "
+    "dr drs elec ens ft gen gov govs hon insp invt jos lieut lt maj messrs mlle mme mr mrs "
+    "ms msgr mt natl pfc ph pres prof profs pvt rep reps rev sen sens sfc sgt spc st ste "
+    "supt supts treas vs wm"
 )
-_CAPITALISED_ABBREVIATIONS = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"
+# Those that may end a sentence. Of the last ones, letters in brackets are of that case only.
+_FINAL_ABBREVIATIONS = (
+    "al ala apr ariz assn aug bancorp bhd bldg blvd bros calif co colo conn corp cos ct dak "
+    "dec esq est etc ext feb fla fri ga inc ind intl jan jr jul jun kan kans ky ltd mar md "
+    "mich minn mo mon mont neb nev nov oct okla penn plc rd rt sep sept seq sq sr sys tel "
+    "tenn thu thurs tue tues univ va vt wed wis wisc wyo ph\\.d cont'd p?pt(?-i:[ye])s? "
+    "m(?-i:[ft])g (?-i:A)rk (?-i:A)z (?-i:D)el (?-i:I)ll (?-i:L)a (?-i:M)ass (?-i:M)iss "
+    "(?-i:O)re (?-i:P)a (?-i:T)ex (?-i:W)ash"
+)
 _NUMBERED_ABBREVIATIONS = "art ca fig figs no nos op pp prop"
 _SENTENCE_STARTS = (
     "a about according additionally after an as at but earlier he her here however if in it last "
@@ -51,6 +56,7 @@ _ACRONYM = r"[A-Za-z](?:\.[A-Za-z])+"
 _COMPOUND = rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:[-\u2010\u2011](?:{_ACRONYM}\.|[A-Za-z0-9]+))+"
 _PART = rf"(?:[dDoOlL]{_Q}{_W})?{_W}+"
 _JOINED = rf"{_PART}(?:[-_]{_PART})+"
+_FINAL = rf"(?i:{_any_of(_FINAL_ABBREVIATIONS)})\."
 _AMPERSAND = r"[A-Z]+(?:(?:[&+]|&amp;)[A-Z]+)+"
 _NUMBER = r"[-+]?(?:\d*(?:[.:,]\d+)+|\d+)"
 _NOT = rf"[nN]{_Q}[tT]"
@@ -97,12 +103,13 @@ _PATTERNS = [
         rf"({_L}+[aeiouyAEIOUY]{_Q}[aeiouA-Z]{_L}*)",
         # Compounds and abbreviations
         rf"({_W}+)",
+        rf"({_FINAL})[\s\S]{{2}}",
         rf"({_COMPOUND})",
         rf"({_JOINED})",
         rf"({_AMPERSAND})",
         rf"((?:{_WORD}|{_W}+|{_COMPOUND}|{_JOINED}|{_AMPERSAND}|{_NUMBER})\.)[,;:]",
-        rf"(?i:((?:ph\.d|cont'd|{_any_of(_ABBREVIATIONS)})\.))",
-        rf"((?:{_any_of(_CAPITALISED_ABBREVIATIONS)}|{_ACRONYM}|[A-Za-z])\.)",
+        rf"(?i:({_any_of(_ABBREVIATIONS)}\.))",
+        rf"({_FINAL}|(?:{_ACRONYM}|[A-Za-z])\.)",
         rf"(?i:({_any_of(_NUMBERED_ABBREVIATIONS)}\.)) ?\d",
         rf"([A-Za-z])\. (?=[A-Z])(?i:{_any_of(_SENTENCE_STARTS)})\s",
         rf"({_SLASH_PART}(?:\\?/{_SLASH_PART}){{1,2}})",
@@ -117,7 +124,7 @@ _PATTERNS = [
         rf"((?i:https?)://{_URL}+{_URL_END})",
         rf"((?i:www)(?:\.[^\s\"<>|(){{}}.!?,/]+)+\.[A-Za-z]{{2,4}}(?:/{_URL}+{_URL_END})?)",
         rf"((?:{_HOST}\.)+(?:com|edu|net|org)(?:/{_URL}+{_URL_END})?)",
-        r"(<?[A-Za-z0-9][^\s\"<>|(){}]*@(?!\.)[^\s\"<>|(){}]*[^\s\"<>|(){}.]>?)",
+        r"(?P<address><?[A-Za-z0-9][^\s\"<>|(){}]*@(?:[^\s\"<>|(){}.]+\.)*[^\s\"<>|(){}.]+>?)",
         rf"(@[A-Za-z_][A-Za-z0-9_]*|#{_L}+)",
         # Faces and other signs
         r"([<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]])[^A-Za-z0-9]",
@@ -127,15 +134,18 @@ _PATTERNS = [
         "(&#[0-9]+;|&(?i:amp|lt|gt);)",
         "(?P<dropped>&(?i:quot|nbsp|apos|mdash|ndash|md);)",
         r"(\*+|#+|@+|_+|[!?]{2,}|-{5,}|-[LR][RSC]B-)",
-        r"(?P<dropped>-{1,4}|\.{3,5}|\. \. \.|''|``|‘‘|’’)",
-        r"(?P<quotes>(?=`*[‘’“”])[`‘’“”]{2,})",
+        r"(?P<dropped>-{1,4}|\.{3,5}|\. \. \.|'')",
+        r"(?P<quotes>[`‘’‚‛“”„‟‹›«»]{1,2})",
         rf"([{_SYMBOLS}])",
         "(?P<dropped>.)",
     )
 ]
 _PLAIN_WORD = re.compile(r"(?!(?i:cannot|gonna|wanna|gotta|lemme|gimme)\b)[A-Za-z]+(?=,? )")
 
-_ASCII_QUOTES = str.maketrans({"‘": "`", "’": "'", "“": "``", "”": "''"})
+_ASCII_QUOTES = str.maketrans(
+    {"‘": "`", "‛": "`", "‹": "`", "’": "'", "›": "'", "“": "``", "«": "``", "”": "''", "»": "''"}
+)
+_DROPPED_QUOTES = ("`", "'", "``", "''")
 _REWRITTEN = {
     "(": "-lrb-",
     ")": "-rrb-",
@@ -174,8 +184,8 @@ def tokenize(text: str) -> list[str]:
             position = plain.end()
         else:
             match = _longest_match(text, position)
-            if match.lastgroup != "dropped":
-                tokens.append(_written(match))
+            if match.lastgroup != "dropped" and (token := _written(match)) not in _DROPPED_QUOTES:
+                tokens.append(token)
             position = match.end(1)
     return tokens
 
@@ -192,6 +202,6 @@ def _written(match: re.Match[str]) -> str:
         return token.replace("&apos;", "'").translate(_ASCII_QUOTES)
     if token in _REWRITTEN:
         return _REWRITTEN[token]
-    if "://" not in token and token[0] != "<":
+    if "://" not in token and token[0] != "<" and match.lastgroup != "address":
         token = token.replace("&amp;", "&").replace("(", "-lrb-").replace(")", "-rrb-")
     return token.replace(" ", "\u00a0")

@@ -1,12 +1,13 @@
 """Carrying out an evaluation step: model → predictions → scores → results.jsonl.
 
-Predictions of a task are stored when the task is complete; a killed evaluation goes on with the
-next task. `results.jsonl` of a run is put together anew from the scores of all its stages.
+A killed evaluation goes on behind the last part of a task that it has stored. `results.jsonl` of a
+run is put together anew from the scores of all its stages.
 """
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,33 @@ from mera_ds.checkpoint import Manifest, read_manifest
 from mera_ds.config import RunConfig, resolve_path
 from mera_ds.data.dataset import TEST
 from mera_ds.data.prompts import PromptBuilder
-from mera_ds.distributed import World, main_rank_first
-from mera_ds.evaluate.generate import (
+from mera_ds.distributed import World, main_rank_first, share
+from mera_ds.evaluate.generate import Speaker, questions
+from mera_ds.evaluate.items import test_items, test_tasks
+from mera_ds.evaluate.parts import cut_into_parts, predict_in_parts
+from mera_ds.evaluate.predictions import (
+    PER_ITEM,
+    SCORES,
     Prediction,
     load_predictions,
-    predict,
-    save_predictions,
-    test_items,
+    predictions_name,
 )
 from mera_ds.evaluate.score import score_captions, score_questions
 from mera_ds.features import open_data
 from mera_ds.files import read_json, sha256_json, write_bytes, write_json
 from mera_ds.identity import data_folders
 from mera_ds.log import Metrics, logger
+from mera_ds.machine import commit, hardware
 from mera_ds.model.backbone import load_tokenizer
-from mera_ds.model.build import build_encoders, build_model, move_to
+from mera_ds.model.build import build_encoders, build_model, memory_gb, move_to
 from mera_ds.plan import EvaluateStep
 from mera_ds.settings import dump
-from mera_ds.shards.format import TASKS, read_index
+from mera_ds.shards.format import read_index
 
-SCORES = "scores.json"
+_SPEED = ("judge_concurrency", "judge_requests_per_minute", "judge_tokens_per_minute")
+"""Settings of the evaluation that change no score."""
+SHOWN = 8
+"""Predictions of a test that TensorBoard shows."""
 
 
 def evaluation_key(run: Path, config: RunConfig, step: EvaluateStep) -> str:
@@ -45,9 +53,9 @@ def evaluation_key(run: Path, config: RunConfig, step: EvaluateStep) -> str:
         ]
         for modality in step.modalities
     }
-    return sha256_json(
-        [manifest.key, manifest.model_sha256, dump(config.evaluate), dump(config.prompt), data]
-    )
+    settings = dump(config.evaluate)
+    settings = {name: value for name, value in settings.items() if name not in _SPEED}
+    return sha256_json([manifest.key, manifest.model_sha256, settings, dump(config.prompt), data])
 
 
 def evaluation_is_finished(run: Path, config: RunConfig, step: EvaluateStep) -> bool:
@@ -60,63 +68,96 @@ def evaluation_is_finished(run: Path, config: RunConfig, step: EvaluateStep) -> 
 
 def predictions_folder(run: Path, config: RunConfig, step: EvaluateStep) -> Path:
     """Return where an evaluation's predictions are kept; equal names, equal predictions."""
-    return run / step.output / "predictions" / evaluation_key(run, config, step)[:16]
+    return run / step.output / "predictions" / predictions_name(evaluation_key(run, config, step))
 
 
 def run_evaluate_step(run: Path, config: RunConfig, step: EvaluateStep, world: World) -> None:
-    """Evaluate a stage's model on its modalities; only rank 0 works, the others wait.
+    """Evaluate a stage's model on its modalities: the ranks share generation, rank 0 scores.
+
+    Each rank holds the whole model, so none needs another to generate. Every rank must call it.
 
     Raises:
         InputError: if the model is not finished or test shards are missing.
     """
     with main_rank_first(world) as mine:
-        if not mine:
-            return
-        if evaluation_is_finished(run, config, step):
-            logger.info("%s is finished", step.name)
-            return
-        alone = World(rank=0, size=1, local_rank=world.local_rank)
-        key = evaluation_key(run, config, step)
-        manifest = read_manifest(run / step.start)
-        predictions = _predictions(run, config, step, alone)
-        rows = [
-            _row(config, run, step, manifest, dataset, modality, task, found)
-            for (dataset, modality, task), found in predictions.items()
-        ]
-        write_json(run / step.output / SCORES, {"schema": 1, "key": key, "rows": rows})
-        _collect_results(run)
-        _log(run, step, rows)
+        finished = mine and evaluation_is_finished(run, config, step)
+    if share(finished):
+        logger.info("%s is finished", step.name)
+        return
+    with Metrics(run, enabled=world.is_main) as metrics:
+        tests = _generate(run, config, step, world, metrics)
+        with main_rank_first(world) as mine:
+            if mine:
+                _score(run, config, step, tests, metrics)
 
 
-TaskName = tuple[str, str, str]
-"""Dataset, modality, task."""
+@dataclass(frozen=True)
+class _Test:
+    """One test set and the file of what the model said about it."""
+
+    dataset: str
+    modality: str
+    task: str
+    file: Path
+    fingerprints: tuple[str, ...]
+    """Of the modality's test shards."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}-{self.task}"
 
 
-def _predictions(
-    run: Path, config: RunConfig, step: EvaluateStep, world: World
-) -> dict[TaskName, list[Prediction]]:
-    """Return the predictions of all tasks, generating those that are not stored."""
+def _generate(
+    run: Path, config: RunConfig, step: EvaluateStep, world: World, metrics: Metrics
+) -> list[_Test]:
+    """Generate the predictions that are not stored; return all tests of the step."""
     encoders = build_encoders(config, run, step.modalities)
     tokenizer = load_tokenizer(resolve_path(config.backbone.path, run))
     prompts = PromptBuilder(config.prompt, tokenizer)
     folder = predictions_folder(run, config, step)
+    settings = config.evaluate
     model = None
-    found: dict[TaskName, list[Prediction]] = {}
+    tests = []
     for modality in step.modalities:
         data, reader = open_data(config, run, modality, TEST, encoders[modality], prompts, world)
-        for dataset, task in sorted({(data.dataset(u), data.task(u)) for u in data.units(TASKS)}):
-            path = folder / f"{dataset}-{task}.jsonl"
-            if not path.exists():
-                if model is None:
-                    model = build_model(config, run, run / step.start, step.modalities, encoders)
-                    move_to(model, encoders, world.device)
-                    model.eval()
-                items = test_items(data, dataset, task, config.evaluate.limit)
-                ends = prompts.end_ids
-                said = predict(model, tokenizer, data, reader, items, config.evaluate, ends)
-                save_predictions(path, said)
-            found[(dataset, modality, task)] = load_predictions(path)
-    return found
+        for dataset, task in test_tasks(data):
+            file = folder / f"{dataset}-{task}.jsonl"
+            test = _Test(dataset, modality, task, file, tuple(data.fingerprint))
+            tests.append(test)
+            if share(file.exists()):
+                continue
+            if model is None:
+                model = build_model(config, run, run / step.start, step.modalities, encoders)
+                move_to(model, encoders, world.device)
+                model.eval()
+            items = test_items(data, dataset, task, settings.limit)
+            lengths = [len(item.question) for item in items]
+            parts = cut_into_parts(lengths, settings.batch_size)
+            say = Speaker(model, tokenizer, reader, items, settings.max_new_tokens, prompts.end_ids)
+            seconds = predict_in_parts(file, questions(data, items), parts, say, world)
+            figures = {"items": len(items), "seconds": seconds, "memory_gb": memory_gb()}
+            metrics.write(f"generate/{test.name}", step.stage, figures)
+            logger.info("%s: %d predictions", test.name, len(items))
+    return tests
+
+
+def _score(
+    run: Path, config: RunConfig, step: EvaluateStep, tests: Sequence[_Test], metrics: Metrics
+) -> None:
+    """Score the predictions; write the rows, what each item scored, and the run's results."""
+    key = evaluation_key(run, config, step)
+    manifest = read_manifest(run / step.start)
+    rows, per_item = [], {}
+    for test in tests:
+        predictions = load_predictions(test.file)
+        score = score_captions if test.task == "caption" else score_questions
+        scored = score(predictions, config.evaluate)
+        rows.append(_row(config, run, step, manifest, test, scored.figures, predictions))
+        per_item[f"{test.modality}/{test.task}"] = scored.per_item
+        _log(step, rows[-1], predictions, metrics)
+    write_json(run / step.output / PER_ITEM, {"schema": 1, "key": key, "items": per_item})
+    write_json(run / step.output / SCORES, {"schema": 1, "key": key, "rows": rows})
+    _collect_results(run)
 
 
 def _row(
@@ -124,13 +165,11 @@ def _row(
     run: Path,
     step: EvaluateStep,
     manifest: Manifest,
-    dataset: str,
-    modality: str,
-    task: str,
+    test: _Test,
+    figures: Mapping[str, Any],
     predictions: Sequence[Prediction],
 ) -> dict[str, Any]:
     """Return one line of `results.jsonl`."""
-    score = score_captions if task == "caption" else score_questions
     return {
         "schema": 1,
         "run": run.resolve().name,
@@ -139,15 +178,22 @@ def _row(
         "seed": config.seed,
         "stage": step.stage,
         "stage_modality": step.modality,
-        "modality": modality,
-        "task": task,
-        "dataset": dataset,
+        "modality": test.modality,
+        "task": test.task,
+        "dataset": test.dataset,
         "split": TEST,
-        **score(predictions, config.evaluate),
-        "majority": _majority(predictions) if task == "qa" else None,
+        **figures,
+        "majority": _majority(predictions) if test.task == "qa" else None,
         "model": manifest.model_sha256,
         "profile": config.profile,
         "limits": config.limits,
+        "provenance": {
+            "commit": commit(),
+            "hardware": hardware(),
+            "dtype": config.backbone.dtype,
+            "test_data": list(test.fingerprints),
+            "step": step.name,
+        },
     }
 
 
@@ -167,13 +213,27 @@ def _collect_results(run: Path) -> None:
     write_bytes(run / "results.jsonl", ("\n".join(lines) + "\n").encode())
 
 
-def _log(run: Path, step: EvaluateStep, rows: Sequence[dict[str, Any]]) -> None:
-    with Metrics(run, enabled=True) as metrics:
-        for row in rows:
-            name = f"evaluate/{row['dataset']}-{row['task']}"
-            metrics.write(name, step.stage, {row["metric"]: row["score"]})
-            logger.info(
-                "%s  %s %s: %s %.4g (%d items)",
-                *(step.name, row["dataset"], row["task"], row["metric"], row["score"]),
-                row["count"],
-            )
+def _log(
+    step: EvaluateStep, row: Mapping[str, Any], said: Sequence[Prediction], metrics: Metrics
+) -> None:
+    """Send a score to the console, and with some of the texts to TensorBoard."""
+    name = f"evaluate/{row['dataset']}-{row['task']}"
+    metrics.write(name, step.stage, {row["metric"]: row["score"]})
+    metrics.write_text(name, step.stage, _samples(said))
+    logger.info(
+        "%s  %s %s: %s %.4g (%d items)",
+        *(step.name, row["dataset"], row["task"], row["metric"], row["score"]),
+        row["count"],
+    )
+
+
+def _samples(predictions: Sequence[Prediction]) -> str:
+    """Return a Markdown table of a few predictions, evenly spread over the test."""
+    chosen = predictions[:: -(-len(predictions) // SHOWN) or 1]
+    rows = [
+        (entry.id, entry.question, entry.prediction, " / ".join(entry.references[:3]))
+        for entry in chosen
+    ]
+    lines = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    table = [("item", "question", "prediction", "references"), ["---"] * 4, *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)

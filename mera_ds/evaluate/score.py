@@ -1,25 +1,36 @@
 """From predictions to the figures of a results line: CIDEr for captions, accuracy for answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mera_ds.config import EvaluateConfig, cache_folder
 from mera_ds.errors import DataError, InputError
 from mera_ds.evaluate.cider import cider
-from mera_ds.evaluate.generate import Prediction
 from mera_ds.evaluate.judge import Judge, JudgeItem, OfflineJudge, accuracy
+from mera_ds.evaluate.predictions import Prediction
 from mera_ds.files import sha256_json
 
 
-def score_captions(predictions: Sequence[Prediction], config: EvaluateConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Scored:
+    """The score of one test."""
+
+    figures: Mapping[str, Any]
+    """The score and how it was computed, as a line of `results.jsonl` has it."""
+    per_item: Mapping[str, float | None]
+    """What each item scored; their mean is the score. None: missing."""
+
+
+def score_captions(predictions: Sequence[Prediction], config: EvaluateConfig) -> Scored:
     """Return CIDEr × 100 and how it was computed."""
     result = cider(
         {entry.id: entry.prediction for entry in predictions},
         {entry.id: list(entry.references) for entry in predictions},
         config.tokenizer,
     )
-    return {
+    figures = {
         "metric": "cider",
         "score": result.score,
         "count": len(predictions),
@@ -28,26 +39,25 @@ def score_captions(predictions: Sequence[Prediction], config: EvaluateConfig) ->
         "tokenizer": result.tokenizer,
         "references_sha256": result.references_sha256,
     }
+    return Scored(figures, result.per_id)
 
 
-def score_questions(predictions: Sequence[Prediction], config: EvaluateConfig) -> dict[str, Any]:
+def score_questions(predictions: Sequence[Prediction], config: EvaluateConfig) -> Scored:
     """Return the judge's accuracy, 0 to 1.
 
     Raises:
         DataError: if too many judgements are missing for the accuracy to stand.
     """
     judge = make_judge(config, cache_folder() / "judgements.jsonl")
-    items = [
-        JudgeItem(entry.id, entry.question, entry.references, entry.prediction)
-        for entry in predictions
-    ]
-    result = accuracy(judge.judge(items))
+    items = judge_items(predictions)
+    judgements = judge.judge(items)
+    result = accuracy(judgements)
     if result.withheld or result.score is None:
         raise DataError(
             f"{result.missing} of {len(items)} judgements by {judge.name} are missing, so there is "
             "no final score; run the same command again, it asks only for those"
         )
-    return {
+    figures = {
         "metric": "accuracy",
         "score": result.score,
         "count": result.count,
@@ -56,6 +66,17 @@ def score_questions(predictions: Sequence[Prediction], config: EvaluateConfig) -
         "tokenizer": None,
         "references_sha256": sha256_json({item.id: item.answers for item in items}),
     }
+    values = {"yes": 1.0, "no": 0.0}
+    found = {i.id: values.get(j.verdict) for i, j in zip(items, judgements, strict=True)}
+    return Scored(figures, found)
+
+
+def judge_items(predictions: Sequence[Prediction]) -> list[JudgeItem]:
+    """Return predictions as a judge takes them."""
+    return [
+        JudgeItem(entry.id, entry.question, entry.references, entry.prediction)
+        for entry in predictions
+    ]
 
 
 def make_judge(config: EvaluateConfig, cache: Path) -> Judge:
@@ -72,4 +93,7 @@ def make_judge(config: EvaluateConfig, cache: Path) -> Judge:
         base_url=config.judge_base_url,
         prices=Prices(*config.judge_prices) if config.judge_prices else None,
         max_dollars=config.judge_max_dollars,
+        concurrency=config.judge_concurrency,
+        requests_per_minute=config.judge_requests_per_minute,
+        tokens_per_minute=config.judge_tokens_per_minute,
     )

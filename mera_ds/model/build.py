@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -109,3 +110,10 @@ def move_to(model: nn.Module, encoders: Mapping[str, Encoder], device: str) -> N
     model.to(device)
     for encoder in encoders.values():
         encoder.to(device)
+
+
+def memory_gb() -> float:
+    """Return peak GPU memory, or resident memory on a CPU, in GB (1e9 bytes)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return psutil.Process().memory_info().rss / 1e9

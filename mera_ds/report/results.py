@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,8 @@ class Score:
     model: str
     profile: str
     limits: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Commit, hardware, dtype, hashes of the test shards and the step; older rows have none."""
 
     @property
     def yardstick(self) -> dict[str, object]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import psutil
 import torch
 import torch.distributed
 
@@ -23,7 +22,7 @@ from mera_ds.distributed import World, main_rank_first, require_equal
 from mera_ds.errors import Interrupted, NumericError
 from mera_ds.files import failpoint
 from mera_ds.log import Metrics, format_duration, logger
-from mera_ds.model.build import seed_everything
+from mera_ds.model.build import memory_gb, seed_everything
 from mera_ds.train.engine import Engine
 from mera_ds.train.full import save_shared_checkpoint
 from mera_ds.train.schedule import learning_rate_factor
@@ -86,7 +85,7 @@ def train_phase(
                 "loss": loss,
                 "lr": next(iter(rates.values())),
                 "tokens_per_second": tokens / max(1e-9, time.monotonic() - started),
-                "memory_gb": _memory_gb(),
+                "memory_gb": memory_gb(),
             }
             metrics.write(phase.name, step + 1, figures)
             console.line(step + 1, figures)
@@ -180,13 +179,6 @@ def _report_nonfinite(
             f"execution.max_nonfinite_steps={execution.max_nonfinite_steps}; the last one held "
             f"{samples}. Lower the learning rate, or use backbone.dtype=bf16"
         )
-
-
-def _memory_gb() -> float:
-    """Peak GPU memory, or resident memory on a CPU, in GB (1e9 bytes)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return psutil.Process().memory_info().rss / 1e9
 
 
 class _Console:

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mera_ds.config import RunConfig, load_config
+from mera_ds.config import load_config
 from mera_ds.data.dataset import TEST, ModalityData, UnitReader
 from mera_ds.data.prompts import PromptBuilder
+from mera_ds.distributed import World
 from mera_ds.errors import DataError
-from mera_ds.evaluate import generate
-from mera_ds.evaluate.generate import Prediction, load_predictions, predict, save_predictions
+from mera_ds.evaluate import items
+from mera_ds.evaluate.generate import Speaker, questions
+from mera_ds.evaluate.parts import cut_into_parts, predict_in_parts
+from mera_ds.evaluate.predictions import Prediction, load_predictions, save_predictions
 from mera_ds.identity import data_folders
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.build import build_encoders, build_model
@@ -51,27 +54,27 @@ def data(tmp_path: Path) -> ModalityData:
 
 class TestItems:
     def test_captions_are_grouped_by_medium(self, data: ModalityData) -> None:
-        items = generate.test_items(data, "first", "caption", None)
-        assert [(data.unit_id(i.unit), i.question, i.references) for i in items] == [
+        found = items.test_items(data, "first", "caption", None)
+        assert [(data.unit_id(i.unit), i.question, i.references) for i in found] == [
             ("first/k1#0", "", ("caption 0", "caption 1", "caption 2")),
             ("first/k3#0", "", ("caption 3",)),
         ]
 
     def test_each_question_is_an_item_with_all_its_answers(self, data: ModalityData) -> None:
-        items = generate.test_items(data, "first", "qa", None)
-        assert [(data.unit_id(i.unit), i.question, i.references) for i in items] == [
+        found = items.test_items(data, "first", "qa", None)
+        assert [(data.unit_id(i.unit), i.question, i.references) for i in found] == [
             ("first/k1#1", "What?", ("cat", "a cat")),
             ("first/k2#0", "What?", ("cat", "a cat")),
             ("first/k2#1", "Where?", ("here",)),
         ]
 
     def test_datasets_are_kept_apart(self, data: ModalityData) -> None:
-        items = generate.test_items(data, "second", "caption", None)
-        assert [data.unit_id(item.unit) for item in items] == ["second/k1#0"]
+        found = items.test_items(data, "second", "caption", None)
+        assert [data.unit_id(item.unit) for item in found] == ["second/k1#0"]
 
     def test_a_limit_takes_the_first_items_whole(self, data: ModalityData) -> None:
-        items = generate.test_items(data, "first", "caption", 1)
-        assert [item.references for item in items] == [("caption 0", "caption 1", "caption 2")]
+        found = items.test_items(data, "first", "caption", 1)
+        assert [item.references for item in found] == [("caption 0", "caption 1", "caption 2")]
 
 
 PREDICTIONS = [
@@ -106,18 +109,19 @@ class TestFile:
 class Tiny:
     """A model of the profile `tiny` and its pictures."""
 
-    config: RunConfig
+    folder: Path
     model: Any
     tokenizer: Any
     data: ModalityData
     reader: UnitReader
 
     def predict(self, task: str, batch_size: int, limit: int | None = None) -> list[Prediction]:
-        items = generate.test_items(self.data, "image", task, limit)
-        settings = dataclasses.replace(
-            self.config.evaluate, batch_size=batch_size, max_new_tokens=6
-        )
-        return predict(self.model, self.tokenizer, self.data, self.reader, items, settings)
+        found = items.test_items(self.data, "image", task, limit)
+        say = Speaker(self.model, self.tokenizer, self.reader, found, 6)
+        parts = cut_into_parts([len(item.question) for item in found], batch_size)
+        file = self.folder / f"{task}-{batch_size}.jsonl"
+        predict_in_parts(file, questions(self.data, found), parts, say, World(0, 1, 0))
+        return load_predictions(file)
 
 
 @pytest.fixture(scope="module")
@@ -136,25 +140,25 @@ def tiny(make_tiny_run: Callable[..., Path]) -> Tiny:
         lambda unit: encoder.transform(data.medium(unit, encoder.media)),
         encoded=False,
     )
-    return Tiny(config, model, tokenizer, data, reader)
+    return Tiny(run / "said", model, tokenizer, data, reader)
 
 
 class TestPredict:
     @pytest.mark.parametrize("task", ["caption", "qa"])
     def test_every_item_gets_its_own_text(self, tiny: Tiny, task: str) -> None:
-        items = generate.test_items(tiny.data, "image", task, None)
+        asked_for = items.test_items(tiny.data, "image", task, None)
         found = tiny.predict(task, batch_size=5)
-        assert [entry.id for entry in found] == [tiny.data.unit_id(item.unit) for item in items]
-        assert [entry.references for entry in found] == [item.references for item in items]
-        for place in (0, 7, len(items) - 1):
-            asked = tiny.reader.read(items[place].unit, supervised=False)
+        assert [entry.id for entry in found] == [tiny.data.unit_id(item.unit) for item in asked_for]
+        assert [entry.references for entry in found] == [item.references for item in asked_for]
+        for place in (0, 7, len(asked_for) - 1):
+            asked = tiny.reader.read(asked_for[place].unit, supervised=False)
             assert found[place].prediction == tiny.model.generate([asked], 6, tiny.tokenizer)[0]
 
     def test_the_size_of_the_batches_has_no_influence(self, tiny: Tiny) -> None:
         assert tiny.predict("qa", batch_size=3) == tiny.predict("qa", batch_size=64)
 
     def test_the_answer_is_not_shown_to_the_model(self, tiny: Tiny) -> None:
-        item = generate.test_items(tiny.data, "image", "qa", 1)[0]
+        item = items.test_items(tiny.data, "image", "qa", 1)[0]
         sample = tiny.reader.read(item.unit, supervised=False)
         prompt = tiny.tokenizer.decode((*sample.prefix_ids, *sample.suffix_ids))
         assert item.references[0] not in prompt

@@ -1,15 +1,15 @@
 """Judges: verdicts, missing ones, and a chat server on loopback that misbehaves."""
 
 import ast
+import email.utils
+import itertools
 import json
 import logging
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,90 +20,7 @@ from mera_ds.evaluate.judge import Accuracy, JudgeItem, Judgement, OfflineJudge,
 from mera_ds.evaluate.judge_prompt import SYSTEM_PROMPT, fill_prompt, parse_reply
 from mera_ds.evaluate.openai_judge import PRICES, OpenAIJudge, Prices
 
-CANARY = "sk-canary-7f3a9e51c2d84b60"
-YES = "{'pred': 'yes', 'score': 5}"
-
-Reply = tuple[int, dict[str, str], bytes]
-
-
-def completion(text: str | None, **message: Any) -> Reply:
-    body = {
-        "id": "c",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "judge",
-        "choices": [
-            {
-                "index": 0,
-                "finish_reason": "stop",
-                "message": {"role": "assistant", "content": text, **message},
-            }
-        ],
-        "usage": {"prompt_tokens": 300, "completion_tokens": 12, "total_tokens": 312},
-    }
-    return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
-
-
-def failure(status: int, message: str = "no", **headers: str) -> Reply:
-    body = json.dumps({"error": {"message": message, "code": None}}).encode()
-    return status, {"Content-Type": "application/json", **headers}, body
-
-
-class ChatServer(ThreadingHTTPServer):
-    """Answers request n (from 0) with what `respond(n, payload)` returns."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.respond: Callable[[int, dict[str, Any]], Reply] = lambda n, payload: completion(YES)
-        self.requests: list[dict[str, Any]] = []
-        self.times: list[float] = []
-        self.active = 0
-        self.most_active = 0
-        self.lock = threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep quiet about connections that the client gave up."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: ChatServer
-
-    def do_POST(self) -> None:
-        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            number = len(self.server.requests)
-            self.server.requests.append(
-                {**payload, "key": self.headers["Authorization"], "path": self.path}
-            )
-            self.server.times.append(time.monotonic())
-            self.server.active += 1
-            self.server.most_active = max(self.server.most_active, self.server.active)
-        status, headers, body = self.server.respond(number, payload)
-        with self.server.lock:
-            self.server.active -= 1
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments: Any) -> None:
-        """Write no log."""
-
-
-@pytest.fixture
-def server() -> Iterator[ChatServer]:
-    server = ChatServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+from .chat_server import CANARY, RESET, YES, ChatServer, Reply, completion, failure
 
 
 @pytest.fixture
@@ -290,6 +207,70 @@ def test_retry_after_is_honoured(
     assert make_judge().judge([item()])[0].verdict == "yes"
     assert len(server.times) == 2
     assert server.times[1] - server.times[0] >= 1.0
+
+
+def test_a_date_to_retry_after_is_honoured(
+    server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+) -> None:
+    date = email.utils.formatdate(time.time() + 2, usegmt=True)
+    server.respond = lambda n, payload: (
+        failure(503, Retry_After=date) if n == 0 else completion(YES)
+    )
+    assert make_judge().judge([item()])[0].verdict == "yes"
+    assert server.times[1] - server.times[0] >= 0.9
+
+
+def test_a_busy_server_is_left_alone_by_all_threads(
+    server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+) -> None:
+    def respond(number: int, payload: dict[str, Any]) -> Reply:
+        time.sleep(0.2 * (number in (1, 2)))
+        return failure(429, Retry_After="1") if number == 0 else completion(YES)
+
+    server.respond = respond
+    judge = make_judge(concurrency=3)
+    assert {j.verdict for j in judge.judge([item(n) for n in range(6)])} == {"yes"}
+    assert len([t for t in server.times[3:] if t - server.times[0] < 1.0]) <= 2
+
+
+def test_who_wants_too_long_a_wait_is_not_asked_again(
+    server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+) -> None:
+    server.respond = lambda n, payload: failure(429, Retry_After="86400")
+    assert make_judge().judge([item()])[0].verdict == "error"
+    assert len(server.requests) == 1
+
+
+def test_an_exhausted_quota_ends_the_command(
+    server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+) -> None:
+    body = json.dumps({"error": {"message": "pay", "code": "insufficient_quota"}}).encode()
+    server.respond = lambda n, payload: (429, {"Content-Type": "application/json"}, body)
+    with pytest.raises(InputError, match="pay"):
+        make_judge(concurrency=1).judge([item(n) for n in range(3)])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("limit", [{"requests_per_minute": 300}, {"tokens_per_minute": 150_000}])
+def test_rates_are_kept_by_all_threads_together(
+    limit: dict[str, int], server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+) -> None:
+    judge = make_judge(concurrency=4, **limit)
+    judge.judge([item(n) for n in range(5)])
+    apart = [later - sooner for sooner, later in itertools.pairwise(sorted(server.times))]
+    assert min(apart) > 0.1
+    assert sum(apart) > 0.5
+
+
+def test_a_broken_connection_is_retried(
+    server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+) -> None:
+    server.respond = lambda n, payload: RESET if n == 0 else completion(YES)
+    assert make_judge().judge([item()])[0].verdict == "yes"
+    server.respond = lambda n, payload: RESET
+    (judgement,) = make_judge(max_retries=1).judge([item(1)])
+    assert judgement.verdict == "error"
+    assert len(server.requests) == 4
 
 
 def test_server_errors_are_retried_with_growing_waits(

@@ -12,6 +12,8 @@ from mera_ds.errors import ResourceError
 from mera_ds.evaluate.cider import java_tokens
 from mera_ds.evaluate.ptb import tokenize
 
+from .sentences import sentences
+
 # Sentences and their tokens as the Java tokenizer gives them.
 GOLDEN = [
     json.loads(line)
@@ -38,6 +40,12 @@ def random_sentences(count: int) -> list[str]:
     return sentences
 
 
+def quoted() -> list[str]:
+    """Return every pair of quotation marks between words."""
+    marks = "'\"`‘’‚‛“”„‟‹›«»"
+    return [f"a {one}{two}{end} cat" for one in marks for two in marks for end in ("", "s")]
+
+
 def test_golden_sentences() -> None:
     assert len(GOLDEN) > 500
     different = [
@@ -54,11 +62,12 @@ def test_golden_sentences_are_what_java_gives() -> None:
 
 
 @needs_java
-def test_random_sentences() -> None:
-    sentences = random_sentences(3000)
-    pairs = zip(sentences, java_tokens(sentences), strict=True)
-    different = [text for text, tokens in pairs if " ".join(tokenize(text)) != tokens]
-    assert len(different) <= 3, different
+@pytest.mark.slow
+def test_varied_sentences() -> None:
+    texts = [*sentences(6000), *random_sentences(1500), *quoted()]
+    assert len(set(texts)) > 7500
+    pairs = zip(texts, java_tokens(texts), strict=True)
+    assert [text for text, tokens in pairs if " ".join(tokenize(text)) != tokens] == []
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,16 @@ from typing import Any
 
 import pytest
 
-from mera_ds.checkpoint import write_product
 from mera_ds.config import EvaluateConfig, load_config
 from mera_ds.distributed import World
 from mera_ds.errors import InputError
-from mera_ds.evaluate.generate import Prediction, load_predictions, save_predictions
 from mera_ds.evaluate.judge import OfflineJudge
+from mera_ds.evaluate.predictions import Prediction, load_predictions, save_predictions
 from mera_ds.evaluate.run import evaluation_is_finished, run_evaluate_step
 from mera_ds.evaluate.score import make_judge, score_captions, score_questions
-from mera_ds.identity import base_sha256
-from mera_ds.model.build import build_encoders, build_model
-from mera_ds.plan import EvaluateStep, load_plan
 from mera_ds.report.results import Score, read_runs
+
+from .models import make_model, steps
 
 RAW = EvaluateConfig(tokenizer="raw")
 ALONE = World(rank=0, size=1, local_rank=0)
@@ -50,10 +48,12 @@ class TestCaptions:
         )
         near = score_captions(captions("a red cat", "two dogs sleep", "a blue bird"), RAW)
         wrong = score_captions(captions("x", "y", "z"), RAW)
-        assert right["score"] > near["score"] > wrong["score"] == 0
+        scores = [found.figures["score"] for found in (right, near, wrong)]
+        assert scores[0] > scores[1] > scores[2] == 0
+        assert sum(right.per_item.values()) / 3 == pytest.approx(scores[0])
 
     def test_the_row_says_how_it_was_measured(self) -> None:
-        found = score_captions(captions("a", "b", "c"), RAW)
+        found = {**score_captions(captions("a", "b", "c"), RAW).figures}
         assert found.pop("score") >= 0
         assert len(found.pop("references_sha256")) == 64
         assert found == {
@@ -65,11 +65,12 @@ class TestCaptions:
         }
 
     def test_the_hash_is_that_of_the_references_alone(self) -> None:
-        one, other = (score_captions(captions(*texts), RAW) for texts in ("abc", "def"))
+        one, other = (score_captions(captions(*texts), RAW).figures for texts in ("abc", "def"))
         assert one["references_sha256"] == other["references_sha256"]
         changed = captions(*"abc")
         changed[0] = dataclasses.replace(changed[0], references=("something else",))
-        assert score_captions(changed, RAW)["references_sha256"] != one["references_sha256"]
+        found = score_captions(changed, RAW).figures
+        assert found["references_sha256"] != one["references_sha256"]
 
 
 class TestQuestions:
@@ -84,7 +85,9 @@ class TestQuestions:
     def test_accuracy_is_the_share_of_right_answers(
         self, texts: tuple[str, ...], score: float
     ) -> None:
-        found = score_questions(answers(*texts), RAW)
+        scored = score_questions(answers(*texts), RAW)
+        assert sum(scored.per_item.values()) / 4 == score
+        found = {**scored.figures}
         assert len(found.pop("references_sha256")) == 64
         assert found == {
             "metric": "accuracy",
@@ -99,8 +102,8 @@ class TestQuestions:
         config = EvaluateConfig(judge="offline-containment")
         assert make_judge(config, tmp_path) == OfflineJudge("offline-containment")
         said = answers("it is a cat", "no", "no", "no")
-        assert score_questions(said, config)["score"] == 0.25
-        assert score_questions(said, RAW)["score"] == 0.0
+        assert score_questions(said, config).figures["score"] == 0.25
+        assert score_questions(said, RAW).figures["score"] == 0.0
 
     def test_prices_are_a_pair(self, tmp_path: Path) -> None:
         config = EvaluateConfig(judge="openai", judge_prices=(1.0,))
@@ -120,26 +123,6 @@ def evaluated(make_tiny_run: Callable[..., Path]) -> Path:
         make_model(run, step)
         run_evaluate_step(run, load_config(run), step, ALONE)
     return run
-
-
-def steps(run: Path) -> list[EvaluateStep]:
-    return [step for step in load_plan(run / "plan.json").steps if isinstance(step, EvaluateStep)]
-
-
-def make_model(run: Path, step: EvaluateStep) -> None:
-    """Write the product that a step evaluates, with fresh connectors."""
-    config = load_config(run)
-    encoders = build_encoders(config, run, step.modalities)
-    model = build_model(config, run, None, step.modalities, encoders)
-    connectors = {name: entry.state_dict() for name, entry in model.connectors.items()}
-    write_product(
-        run / step.start,
-        key=f"model of stage {step.stage}",
-        step=step.name,
-        base_sha256=base_sha256(config, run),
-        previous=None,
-        connectors=connectors,
-    )
 
 
 def predictions(run: Path) -> dict[str, Any]:
@@ -164,7 +147,18 @@ class TestRun:
             assert score.stage_modality == ("image", "audio")[stage - 1]
             assert score.count == 6
             assert math.isfinite(score.score)
+            assert set(score.provenance) == {
+                *("commit", "hardware", "dtype", "test_data", "step"),
+            }
             assert (score.majority is None) == (task == "caption")
+
+    def test_what_each_item_scored_stands_beside_it(self, evaluated: Path) -> None:
+        (run,) = read_runs([evaluated])
+        for step in steps(evaluated):
+            stored = json.loads((evaluated / step.output / "per_item.json").read_text())
+            for name, items in stored["items"].items():
+                score = run.scores[step.stage, *name.split("/")]
+                assert sum(items.values()) / len(items) == pytest.approx(score.score)
 
     def test_every_row_has_every_field_and_no_other(self, evaluated: Path) -> None:
         fields = {entry.name for entry in dataclasses.fields(Score)}
