@@ -53,7 +53,7 @@ def set_recomputation(llm: PreTrainedModel, setting: Recomputation) -> None:
             f"backbone.gradient_checkpointing is {setting}, but this {type(llm).__name__} has "
             f"{len(layers)} layers that can be checkpointed"
         )
-    function = functools.partial(checkpoint, use_reentrant=False)
+    function: Any = functools.partial(checkpoint, use_reentrant=False)
     if setting == SELECTIVE:
         function = functools.partial(function, context_fn=_selective_contexts(llm))
     for number, layer in enumerate(layers):
