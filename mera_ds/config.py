@@ -19,6 +19,7 @@ from mera_ds.mergeconfig import CMA, MergeConfig
 from mera_ds.settings import apply_overrides, dump, parse, read_yaml, require_known
 
 Dtype = Literal["fp32", "fp16", "bf16"]
+Recomputation = bool | int | Literal["none", "all", "selective"]
 Options = Mapping[str, Any]
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -35,7 +36,19 @@ class BackboneConfig:
     """Compute dtype of the frozen weights; trainable ones have fp32 masters."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """`auto`: flash-attn 2 where it is installed and the dtype allows it, SDPA otherwise."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Recomputation = False
+    """What the backward pass computes again instead of keeping it: `none` (false), `all` (true),
+    that many of the lowest layers, or `selective`: all but matrix products and attention."""
+    embedding_device: Literal["same", "cpu"] = "same"
+    """`cpu`: the input embedding stays in host memory; only the rows of a batch go to the GPU."""
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not isinstance(self.gradient_checkpointing, str) and self.gradient_checkpointing < 0:
+            raise InputError(
+                f"backbone.gradient_checkpointing is {self.gradient_checkpointing}; as a number of "
+                "layers it must be at least 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +180,11 @@ class ExecutionConfig:
     save_every: int = 50
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept, too, until the phase ends; 0: none."""
+    saving: Literal["background", "blocking"] = "background"
+    """`background`: a thread writes a checkpoint while the training goes on."""
     max_nonfinite_steps: int = 8
     """Stop when more steps than this had a non-finite loss or gradient."""
     timeout_seconds: int = 1800
@@ -225,7 +243,7 @@ class RunConfig:
 def _require_counts(section: Any, where: str) -> None:
     """Raise `InputError` naming a whole number that is negative, or 0 where that means nothing."""
     for name, value in vars(section).items():
-        least = 0 if name in ("workers", "zero", "max_nonfinite_steps") else 1
+        least = 0 if name in ("workers", "zero", "max_nonfinite_steps", "keep_every") else 1
         if type(value) is int and value < least:
             raise InputError(f"{where}.{name} is {value}; it must be at least {least}")
 

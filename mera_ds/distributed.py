@@ -111,13 +111,6 @@ def together() -> Iterator[None]:
 
     The block holds no collective: the ranks meet at its end.
     """
-    with together():
-        yield world.is_main
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Run a block on every rank; an error on one is raised on all, when all have ended it."""
     error: MeraError | None = None
     try:
         yield

@@ -14,6 +14,7 @@ from mera_ds.deltas import weighted_deltas
 from mera_ds.errors import InputError
 from mera_ds.log import logger
 from mera_ds.model.lora import fold_deltas
+from mera_ds.model.recompute import set_recomputation
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -51,8 +52,7 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
     llm.config.use_cache = False
     # Its own sampling settings and penalties would change what greedy decoding says.
     llm.generation_config = GenerationConfig(eos_token_id=sorted(generation_ends(llm)) or None)
-    if config.gradient_checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    set_recomputation(llm, config.gradient_checkpointing)
     logger.info(
         *("backbone %s (%s) in %s, attention %s (%s)", folder.name, type(llm).__name__),
         *(config.dtype, attention, reason),

@@ -101,8 +101,10 @@ class Engine:
         if self._zero in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def backward(self, batch: Batch, global_tokens: int, last: bool) -> float:
-        """Add one micro-batch's gradient; return its share of the global mean loss.
+    def backward(self, batch: Batch, global_tokens: int, last: bool) -> Tensor:
+        """Add one micro-batch's gradient; return its share of the global mean loss, in fp64.
+
+        The device is not waited for.
 
         Args:
             batch: the micro-batch.
@@ -114,7 +116,7 @@ class Engine:
         self._engine.backward(loss * self._world.size)
         if not last:
             self._engine.step()
-        return float(loss.detach())
+        return loss.detach().double()
 
     def step(self, learning_rates: Mapping[str, float]) -> bool:
         """Take the optimizer step; return False if it was skipped because of non-finite gradients.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mera_ds.config import Dtype
+from mera_ds.config import Dtype, ExecutionConfig
 from mera_ds.distributed import World, main_rank_first
 from mera_ds.files import write_json
 from mera_ds.merge.export import INDEX, carry_over
@@ -39,7 +39,12 @@ def write_backbone(engine: Engine, source: Path, final: Path, dtype: Dtype, worl
 
 
 def save_shared_checkpoint(
-    engine: Engine, folder: Path, key: str, progress: Progress, keep: int, world: World
+    engine: Engine,
+    folder: Path,
+    key: str,
+    progress: Progress,
+    execution: ExecutionConfig,
+    world: World,
 ) -> None:
     """Write `step-000400/` as `save_checkpoint` does, each rank its share of the tensors.
 
@@ -56,4 +61,4 @@ def save_shared_checkpoint(
                 facts = state_facts(key, progress, scalars)
                 write_json(target / STATE, {**facts, "shares": shares})
     if world.is_main:
-        remove_outdated(folder, keep)
+        remove_outdated(folder, execution.keep_checkpoints, execution.keep_every)

@@ -31,22 +31,39 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, key: str, progress: Progress, state: EngineState, keep: int
-) -> None:
-    """Write `step-000400/` atomically, then remove all but the newest `keep`.
+    folder: Path,
+    key: str,
+    progress: Progress,
+    state: EngineState,
+    *,
+    keep: int,
+    keep_every: int = 0,
+) -> int:
+    """Write `step-000400/` atomically, then remove older ones; return its size in bytes.
+
+    Args:
+        folder: the phase's folder.
+        key: the key of the product that the phase makes.
+        progress: where the phase stands.
+        state: what the engine gave.
+        keep: how many of the newest stay.
+        keep_every: those whose step is a multiple of this stay as well; 0: none.
 
     Raises:
         ResourceError: if the disk is full; earlier checkpoints stay.
+        DataError: if a value is not finite; nothing is written.
     """
     tensors = [*state.parameters.values(), *state.moments.values()]
-    require_space(folder, sum(tensor.numel() * 4 for tensor in tensors) + 1_000_000)
+    size = sum(tensor.nbytes for tensor in tensors)
+    require_space(folder, size + 1_000_000)
     with committed_folder(step_folder(folder, progress)) as target:
         files = {
             name: save_tensors(target / f"{name}.safetensors", entry)
             for name, entry in (("trainables", state.parameters), ("moments", state.moments))
         }
         write_json(target / STATE, {**state_facts(key, progress, state.scalars), "files": files})
-    remove_outdated(folder, keep)
+    remove_outdated(folder, keep, keep_every)
+    return size
 
 
 def step_folder(folder: Path, progress: Progress) -> Path:
@@ -65,10 +82,11 @@ def state_facts(key: str, progress: Progress, scalars: Mapping[str, float]) -> d
     }
 
 
-def remove_outdated(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest ones."""
-    for outdated in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(outdated)
+def remove_outdated(folder: Path, keep: int, keep_every: int) -> None:
+    """Remove all checkpoints but the newest ones and each `keep_every`-th step's (0: none)."""
+    for older in _checkpoints(folder)[:-keep]:
+        if keep_every == 0 or _step(older) % keep_every:
+            shutil.rmtree(older)
 
 
 def load_checkpoint(
@@ -112,3 +130,7 @@ def remove_checkpoints(folder: Path) -> None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(PATTERN) if (path / STATE).exists())
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))

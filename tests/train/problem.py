@@ -68,6 +68,8 @@ class Task:
     full: bool = False
     """Whether the whole backbone trains."""
     dtype: str = "fp32"
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+    """Other settings of the backbone."""
     settings: PhaseConfig = SETTINGS
     execution: ExecutionConfig = field(default_factory=lambda: ExecutionConfig(zero=1))
     units: int = 64
@@ -191,9 +193,8 @@ def build_trainee(task: Task) -> tuple[MultimodalLM, Sets]:
 
 def _config(task: Task) -> RunConfig:
     config = load_config(task.run)
-    return dataclasses.replace(
-        config, backbone=dataclasses.replace(config.backbone, dtype=task.dtype)
-    )
+    changes = {"dtype": task.dtype, **task.backbone}
+    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, **changes))
 
 
 def prepare() -> World:

@@ -230,11 +230,15 @@ def long(make_tiny_run: MakeRun) -> Path:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    ("number", "saving"),
+    [
+        (signal.SIGTERM, "background"),
+        pytest.param(signal.SIGINT, "blocking", marks=pytest.mark.slow),
+    ],
 )
-def test_a_stop_signal_saves_at_the_next_step(number: int, long: Path) -> None:
+def test_a_stop_signal_saves_at_the_next_step(number: int, saving: str, long: Path) -> None:
     undisturbed = Path(shutil.copytree(long, long.with_name("undisturbed")))
-    ranks = _start(long)
+    ranks = _start(long, f"execution.saving={saving}")
     _wait_for_steps(long, 2, ranks)
     ranks.signal(number)
     (stopped,) = ranks.wait()
