@@ -77,6 +77,8 @@ class ModalityConfig:
     """Instruction of the caption task."""
     lr_scale: float = 1.0
     """Factor on this connector's learning rate: a transformer stands less than an MLP."""
+    feature_dtype: Literal["fp32", "fp16"] = "fp32"
+    """fp16 halves cached features, rounding each value to 11 bits (by 1/2048 of it at most)."""
 
 
 @dataclass(frozen=True, kw_only=True)

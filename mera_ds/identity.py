@@ -121,6 +121,7 @@ def _component_facts(config: RunConfig, run: Path, modality: str) -> dict[str, A
     plugins = used_plugins(config, [modality])
     return {
         **({"plugins": sorted(plugins.values())} if plugins else {}),
+        **({"feature_dtype": entry.feature_dtype} if entry.feature_dtype != "fp32" else {}),
         "encoder": _component(entry.encoder, run),
         "connector": _component(entry.connector, run),
         "caption_prompt": entry.caption_prompt,

@@ -64,6 +64,7 @@ def run(make_tiny_run: MakeRun) -> Path:
         "modalities.image.connector.options.norm=none",
         "modalities.image.caption_prompt=What is it?",
         "modalities.image.lr_scale=0.5",
+        "modalities.image.feature_dtype=fp16",
         "modalities.image.data=['{run}/data/image', '{run}/data/image']",
     ],
 )

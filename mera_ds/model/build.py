@@ -17,7 +17,7 @@ from mera_ds.checkpoint import (
 )
 from mera_ds.config import RunConfig, resolve_path
 from mera_ds.identity import base_sha256, weights_path
-from mera_ds.model.backbone import fold_lineage, load_backbone
+from mera_ds.model.backbone import DTYPES, fold_lineage, load_backbone
 from mera_ds.model.connectors import Connector, build_connector
 from mera_ds.model.encoders import Encoder, build_encoder
 from mera_ds.model.lora import attach_lora
@@ -34,9 +34,11 @@ def build_encoders(config: RunConfig, run: Path, modalities: Sequence[str]) -> d
     """Build the frozen encoders of some modalities."""
     encoders = {}
     for modality in modalities:
-        component = config.modalities[modality].encoder
+        entry = config.modalities[modality]
+        component = entry.encoder
         weights = weights_path(component, run) if component.weights is not None else None
         encoders[modality] = build_encoder(component.kind, component.options, weights)
+        encoders[modality].feature_dtype = DTYPES[entry.feature_dtype]
     return encoders
 
 

@@ -78,7 +78,8 @@ class MultimodalLM(nn.Module):
             return pad_features([sample.media for sample in samples])
         with torch.no_grad():
             encoder = self._encoders[samples[0].modality]
-            return encoder([sample.media for sample in samples])
+            features = encoder([sample.media for sample in samples])
+            return features.to(features.values.device, encoder.feature_dtype)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the summed cross-entropy of the batch's counted label positions, in fp32.
