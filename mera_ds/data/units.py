@@ -46,6 +46,17 @@ class UnitList(Sequence[UnitRef]):
         medium = int(np.searchsorted(starts, text, side="right")) - 1
         return UnitRef(reader, medium, text - int(starts[medium]))
 
+    def media(self) -> NDArray[np.int64]:
+        """Return a number (U,) for each unit's medium, equal for the texts of one."""
+        numbers = np.zeros(len(self), dtype=np.int64)
+        before = 0
+        for reader, starts in enumerate(self._text_starts):
+            chosen = self.readers == reader
+            found = np.searchsorted(starts, self.texts[chosen], side="right") - 1
+            numbers[chosen] = before + found
+            before += len(starts)
+        return numbers
+
     def take(self, positions: ArrayLike) -> "UnitList":
         """Return the units at some positions."""
         chosen = np.asarray(positions, dtype=np.intp)

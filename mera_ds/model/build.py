@@ -21,7 +21,7 @@ from mera_ds.model.backbone import DTYPES, fold_lineage, load_backbone
 from mera_ds.model.connectors import Connector, build_connector
 from mera_ds.model.encoders import Encoder, build_encoder
 from mera_ds.model.lora import attach_lora
-from mera_ds.model.mllm import MultimodalLM
+from mera_ds.model.mllm import Layout, MultimodalLM
 
 
 def seed_everything(*facts: object) -> None:
@@ -80,7 +80,9 @@ def build_model(
     if lora_for is not None:
         seed_everything(config.seed, "lora", lora_for)
         attach_lora(llm, config.lora)
-    return MultimodalLM(llm, connectors, encoders, config.prompt.max_length)
+    execution = config.execution
+    layout = Layout(execution.packing or execution.shared_prefix, execution.shared_prefix)
+    return MultimodalLM(llm, connectors, encoders, config.prompt.max_length, layout)
 
 
 def _connector(
