@@ -39,6 +39,13 @@ class Sample:
     media: Tensor
     """Encoder input of the medium, or its features (N, D_encoder) if `encoded`."""
     encoded: bool
+    medium: tuple[int, int] | None = None
+    """Which one it is (shard set, position), equal for its texts; None: one of its own."""
+
+    @property
+    def text_tokens(self) -> int:
+        """Number of text positions, the medium's tokens not included."""
+        return len(self.prefix_ids) + len(self.suffix_ids) + len(self.answer_ids)
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,7 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Number of text positions, media tokens not included."""
-        return sum(
-            len(sample.prefix_ids) + len(sample.suffix_ids) + len(sample.answer_ids)
-            for sample in self.samples
-        )
+        return sum(sample.text_tokens for sample in self.samples)
 
 
 def pad_features(items: list[Tensor]) -> Features:

@@ -90,6 +90,8 @@ class ModalityConfig:
     """Instruction of the caption task."""
     lr_scale: float = 1.0
     """Factor on this connector's learning rate: a transformer stands less than an MLP."""
+    feature_dtype: Literal["fp32", "fp16"] = "fp32"
+    """fp16 halves cached features, rounding each value to 11 bits (by 1/2048 of it at most)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,9 @@ class PhaseConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
     """Gradient clipping by global norm; 0 switches it off."""
+    texts_together: int = 1
+    """How many texts of a medium stand together in the order of samples, which then are not drawn
+    independently; for `execution.shared_prefix`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +172,10 @@ class ExecutionConfig:
     processes: int = 1
     micro_batch_size: int = 16
     """Largest number of samples a process takes through the model at once."""
+    packing: bool = False
+    """Put the samples of a micro-batch into one row without padding, attention kept apart."""
+    shared_prefix: bool = False
+    """Take a medium through the backbone once for all its texts in a micro-batch; packs as well."""
     workers: int = 0
     """Loader processes per rank; 0 decodes in the training process."""
     features: Literal["online", "cached"] = "cached"

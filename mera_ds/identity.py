@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mera_ds.checkpoint import BACKBONE, hash_backbone, read_manifest, remembered_sha256
-from mera_ds.config import ComponentConfig, RunConfig, cache_folder, resolve_path
+from mera_ds.config import ComponentConfig, PhaseConfig, RunConfig, cache_folder, resolve_path
 from mera_ds.errors import DataError, InputError
 from mera_ds.files import sha256_json
 from mera_ds.mergeconfig import CMA
@@ -111,7 +111,7 @@ def _training_facts(config: RunConfig, run: Path, step: TrainStep) -> dict[str, 
     return {
         "modality": step.modality,
         "phase": step.phase,
-        "settings": dump(config.phase(step.phase)),
+        "settings": _phase_facts(config.phase(step.phase)),
         "trainable": step.trainable,
         "data": [asdict(part) for part in step.data],
         "seed": config.seed,
@@ -122,6 +122,14 @@ def _training_facts(config: RunConfig, run: Path, step: TrainStep) -> dict[str, 
         "lora": dump(config.lora) if LORA in step.trainable else None,
         "components": {name: _component_facts(config, run, name) for name in modalities},
     }
+
+
+def _phase_facts(phase: PhaseConfig) -> dict[str, Any]:
+    """Return a phase's settings; one that came later is left out where it changes nothing."""
+    facts = dump(phase)
+    if phase.texts_together == 1:
+        del facts["texts_together"]
+    return facts
 
 
 def _tokenizer_sha256(backbone: Path) -> str:
@@ -137,6 +145,7 @@ def _component_facts(config: RunConfig, run: Path, modality: str) -> dict[str, A
     plugins = used_plugins(config, [modality])
     return {
         **({"plugins": sorted(plugins.values())} if plugins else {}),
+        **({"feature_dtype": entry.feature_dtype} if entry.feature_dtype != "fp32" else {}),
         "encoder": _component(entry.encoder, run),
         "connector": _component(entry.connector, run),
         "caption_prompt": entry.caption_prompt,

@@ -5,16 +5,21 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
+from mera_ds import features
 from mera_ds.config import RunConfig, load_profile
+from mera_ds.data.dataset import ModalityData
 from mera_ds.data.loader import LoaderSettings, MixturePart, StepLoader
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World
-from mera_ds.errors import InputError
-from mera_ds.features import open_data
+from mera_ds.errors import DataError, InputError
+from mera_ds.features import FeatureStore, open_data
 from mera_ds.model.backbone import load_tokenizer
-from mera_ds.model.encoders import build_encoder
+from mera_ds.model.encoders import Encoder, build_encoder
+from mera_ds.model.mllm import MultimodalLM
 from mera_ds.registry import load_plugin
 from mera_ds.shards.format import Text
 from mera_ds.shards.writer import RawSample, write_shards
@@ -27,6 +32,7 @@ from mera_ds.plugin import Encoder, pad_features, register_encoder
 @dataclass(frozen=True)
 class Options:
     fails: str = "transform"
+    scale: float = 1.0
 
 class Picky(Encoder):
     media = "image"
@@ -35,18 +41,21 @@ class Picky(Encoder):
     def __init__(self, kind, options, weights):
         super().__init__(kind, options, weights)
         self.feature_dim, self.max_tokens = 1, 1
+        self.seen = []
         self.freeze()
 
     def transform(self, media):
         value = media.getpixel((0, 0))[0]
+        self.seen.append(value)
         if value == 9 and self.options.fails == "transform":
             raise ValueError("I don't like nine")
         return torch.full((1, 1), float(value))
 
     def forward(self, inputs):
-        if any(float(values) == 9 for values in inputs):
+        nine = any(float(values) == 9 for values in inputs)
+        if nine and self.options.fails != "never":
             raise ValueError("I don't like nine")
-        return pad_features(list(inputs))
+        return pad_features([values * self.options.scale for values in inputs])
 
 register_encoder("picky", Picky)
 """
@@ -129,3 +138,81 @@ def test_features_that_are_computed_once(
     with pytest.raises(InputError, match=message):
         open_data(config, data, "image", "train", encoder, prompts, WORLD)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def read_epochs(config: RunConfig, data: Path, encoder: Encoder, template: Path) -> list[Tensor]:
+    """Read two epochs with an encoder; return the features of each sample."""
+    prompts = PromptBuilder(config.prompt, load_tokenizer(template / "backbone"))
+    found, reader = open_data(config, data, "image", "train", encoder, prompts, WORLD)
+    units = found.units(["caption"])
+    part = MixturePart(reader, units, found.lengths(units), found.ids(units))
+    settings = LoaderSettings(
+        batch_size=4,
+        epochs=2,
+        max_steps=None,
+        seed=0,
+        rank=0,
+        world=1,
+        micro_batch=4,
+        workers=0,
+    )
+    model = MultimodalLM(torch.nn.Linear(1, 1), {}, {"image": encoder}, 1)
+    batches = [
+        batch for _, step in StepLoader({"image": part}, settings).batches(0) for batch in step
+    ]
+    return [row for batch in batches for row in model.encode(batch.samples).values]
+
+
+class TestTwoEpochs:
+    @pytest.fixture
+    def encoder(self, plugin: Path) -> Encoder:
+        return build_encoder("picky", {"fails": "never"}, None)
+
+    def test_cached_the_second_decodes_no_medium(
+        self, encoder: Encoder, data: Path, tiny_template: Path
+    ) -> None:
+        rows = read_epochs(configured(data, "cached"), data, encoder, tiny_template)
+        assert len(rows) == 24
+        assert sorted(encoder.seen) == list(range(1, 13))
+        read_epochs(configured(data, "cached"), data, encoder, tiny_template)
+        assert len(encoder.seen) == 12, "nor does another run"
+
+    @pytest.mark.parametrize("part", [5, 256])
+    def test_fp16_rounds_alike_cached_and_on_line(
+        self,
+        plugin: Path,
+        data: Path,
+        tiny_template: Path,
+        part: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(features, "PART", part)
+        encoder = build_encoder("picky", {"fails": "never", "scale": 1 / 3}, None)
+        exact = read_epochs(configured(data, "cached"), data, encoder, tiny_template)
+        encoder.feature_dtype = torch.float16
+        cached = read_epochs(configured(data, "cached"), data, encoder, tiny_template)
+        online = read_epochs(configured(data, "online"), data, encoder, tiny_template)
+        assert torch.equal(torch.cat(cached), torch.cat(online))
+        error = (torch.cat(cached).float() / torch.cat(exact) - 1).abs().max()
+        assert 0 < float(error) <= 1 / 2048
+
+    def test_what_fp16_cannot_hold_is_named(
+        self, plugin: Path, data: Path, tiny_template: Path
+    ) -> None:
+        encoder = build_encoder("picky", {"fails": "never", "scale": 6e3}, None)
+        encoder.feature_dtype = torch.float16
+        message = r"own/p11#0 has a feature of 7.2e\+04.* set modalities.image.feature_dtype=fp32"
+        with pytest.raises(DataError, match=message):
+            read_epochs(configured(data, "cached"), data, encoder, tiny_template)
+
+    def test_nothing_but_what_is_read_is_in_memory(self, encoder: Encoder, data: Path) -> None:
+        """The features of a tar are views of one mapped file."""
+        shards = ModalityData("image", [data], "train")
+        store = FeatureStore(shards, encoder)
+        store.compute_missing(WORLD)
+        units = shards.units(["caption"])
+        first, last = store.load(units[0]), store.load(units[11])
+        assert (float(first), float(last)) == (1.0, 12.0)
+        assert first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+        mapped = Path("/proc/self/maps").read_text()
+        assert "features.safetensors" in mapped

@@ -64,6 +64,8 @@ def run(make_tiny_run: MakeRun) -> Path:
         "modalities.image.connector.options.norm=none",
         "modalities.image.caption_prompt=What is it?",
         "modalities.image.lr_scale=0.5",
+        "modalities.image.feature_dtype=fp16",
+        "align.texts_together=4",
         "modalities.image.data=['{run}/data/image', '{run}/data/image']",
     ],
 )
@@ -79,6 +81,9 @@ def test_it_changes_with_what_training_depends_on(run: Path, override: str) -> N
         "execution.workers=2",
         "execution.micro_batch_size=1",
         "execution.features=online",
+        "execution.packing=true",
+        "execution.shared_prefix=true",
+        "align.texts_together=1",
         "profile=other",
         "description=other",
         "evaluate.max_new_tokens=1",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from mera_ds.cli import judging, lineage, runs, shards, sweep
+from mera_ds.cli import features, judging, lineage, runs, shards, sweep
 from mera_ds.cli.doctor import doctor
 from mera_ds.cli.launch import DEFAULT_RUN, guarded, leave, parse_with_overrides
 from mera_ds.config import profile_names
@@ -135,6 +135,7 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     lint.set_defaults(command=shards.lint)
 
+    features.add_command(kinds)
     preview = kinds.add_parser("preview", help="show samples")
     preview.add_argument("folders", type=Path, nargs="+", help="shard folders, at any depth")
     preview.add_argument("--count", type=int, default=8, help="samples per shard set")

@@ -205,4 +205,5 @@ class UnitReader:
             answer_ids=pieces.answer,
             media=self._load_medium(unit),
             encoded=self._encoded,
+            medium=(unit.reader, unit.medium),
         )

@@ -44,6 +44,8 @@ class MixturePart:
     units: Sequence[UnitRef]
     lengths: Sequence[int] | NDArray[np.int64]
     ids: Sequence[str]
+    media: NDArray[np.int64] | None = None
+    """A number for each unit's medium, equal for its texts; only for `texts_together`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ class LoaderSettings:
     world: int
     micro_batch: int
     workers: int
+    texts_together: int = 1
 
 
 class StepLoader(torch.utils.data.Dataset[list[Batch]]):
@@ -100,7 +103,12 @@ class StepLoader(torch.utils.data.Dataset[list[Batch]]):
         epoch, within = divmod(step, self._steps_per_epoch)
         batch = step_batches(self._order_of(epoch), settings.batch_size, within)
         share = rank_share(
-            batch, list(self._mixture), settings.rank, settings.world, settings.micro_batch
+            batch,
+            list(self._mixture),
+            settings.rank,
+            settings.world,
+            settings.micro_batch,
+            neighbours=settings.texts_together > 1,
         )
         return [self._read(micro) for micro in share]
 
@@ -156,7 +164,15 @@ class StepLoader(torch.utils.data.Dataset[list[Batch]]):
         if epoch != self._epoch or self._order is None:
             lengths = {name: part.lengths for name, part in self._mixture.items()}
             settings = self._settings
-            self._order = epoch_order(lengths, settings.batch_size, settings.seed, epoch)
+            media = {name: part.media for name, part in self._mixture.items()}
+            self._order = epoch_order(
+                lengths,
+                settings.batch_size,
+                settings.seed,
+                epoch,
+                {name: numbers for name, numbers in media.items() if numbers is not None},
+                settings.texts_together,
+            )
             self._epoch = epoch
         return self._order
 

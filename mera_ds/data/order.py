@@ -75,7 +75,12 @@ class EpochOrder(Sequence[Unit]):
 
 
 def epoch_order(
-    lengths: Mapping[str, ArrayLike], batch_size: int, seed: int, epoch: int
+    lengths: Mapping[str, ArrayLike],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    media: Mapping[str, ArrayLike] | None = None,
+    together: int = 1,
 ) -> EpochOrder:
     """Return every unit of every modality exactly once, in the order of the epoch.
 
@@ -84,6 +89,8 @@ def epoch_order(
         batch_size: global batch; only sets how many units of similar length stand together.
         seed: seed of the run.
         epoch: number of the epoch, from 0.
+        media: per modality, a number of each unit's medium; needed if units are kept together.
+        together: how many units of a medium are drawn as one; a medium's last ones may be fewer.
     """
     columns = {name: np.asarray(entry, dtype=np.int64) for name, entry in lengths.items()}
     total = sum(map(len, columns.values()))
@@ -91,7 +98,11 @@ def epoch_order(
     for code, (modality, column) in enumerate(columns.items()):
         generator = random.Random(f"{seed}/{epoch}/{modality}")
         group = max(1, round(batch_size * len(column) / max(1, total)))
-        units.append(_grouped_by_length(column, group, generator))
+        if together == 1 or media is None:
+            units.append(_grouped_by_length(column, group, generator))
+        else:
+            numbers = np.asarray(media[modality], dtype=np.int64)
+            units.append(_kept_together(column, numbers, together, group, generator))
         codes.append(np.full(len(column), code, dtype=np.uint8))
         places.append((np.arange(len(column)) + 0.5) / max(1, len(column)))
     code_column = np.concatenate(codes)
@@ -114,6 +125,27 @@ def _grouped_by_length(
     return np.concatenate((in_runs.reshape(-1), units[full * group :]))
 
 
+def _kept_together(
+    lengths: NDArray[np.int64],
+    media: NDArray[np.int64],
+    together: int,
+    group: int,
+    generator: random.Random,
+) -> NDArray[np.int32]:
+    """Order chunks of up to `together` random units of one medium as otherwise single units."""
+    shuffled = array("i", range(len(lengths)))
+    generator.shuffle(shuffled)
+    units = np.array(shuffled, dtype=np.int32)
+    units = units[np.argsort(media[units], kind="stable")]
+    _, first, counts = np.unique(media[units], return_index=True, return_counts=True)
+    within = np.arange(len(units)) - np.repeat(first, counts)
+    starts = np.flatnonzero(within % together == 0)
+    longest = np.maximum.reduceat(lengths[units], starts)
+    chunks = _grouped_by_length(longest, max(1, group // together), generator)
+    parts = np.split(units, starts[1:])
+    return np.concatenate([parts[chunk] for chunk in chunks.tolist()])
+
+
 def steps_per_epoch(units: int, batch_size: int) -> int:
     """Return the number of optimizer steps of an epoch; the last batch may be smaller."""
     return math.ceil(units / batch_size)
@@ -125,7 +157,12 @@ def step_batches(order: Sequence[Unit], batch_size: int, step: int) -> Sequence[
 
 
 def rank_share(
-    batch: Sequence[Unit], modalities: Sequence[str], rank: int, world: int, micro_batch: int
+    batch: Sequence[Unit],
+    modalities: Sequence[str],
+    rank: int,
+    world: int,
+    micro_batch: int,
+    neighbours: bool = False,
 ) -> list[MicroBatch]:
     """Return the micro-batches of one rank for one global batch.
 
@@ -135,13 +172,15 @@ def rank_share(
         rank: this rank.
         world: number of ranks.
         micro_batch: largest number of samples in a micro-batch.
+        neighbours: give a rank units that stand together, rather than every `world`-th.
     """
     shares = []
     for modality in modalities:
         units = [unit for name, unit in batch if name == modality]
         for start in range(0, len(units), micro_batch * world):
             chunk = units[start : start + micro_batch * world]
-            mine = tuple(chunk[rank::world])
+            first, last = (len(chunk) * number // world for number in (rank, rank + 1))
+            mine = tuple(chunk[first:last] if neighbours else chunk[rank::world])
             if mine:
                 shares.append(MicroBatch(modality, mine, (True,) * len(mine)))
             else:

@@ -48,12 +48,15 @@ class UnitList(Sequence[UnitRef]):
 
     @property
     def media(self) -> NDArray[np.int64]:
-        """Return the number (U,) of each unit's medium in its shard set."""
-        found = np.zeros(len(self), dtype=np.int64)
+        """Return a number (U,) for each unit's medium, equal for the texts of one."""
+        numbers = np.zeros(len(self), dtype=np.int64)
+        before = 0
         for reader, starts in enumerate(self._text_starts):
             chosen = self.readers == reader
-            found[chosen] = np.searchsorted(starts, self.texts[chosen], side="right") - 1
-        return found
+            found = np.searchsorted(starts, self.texts[chosen], side="right") - 1
+            numbers[chosen] = before + found
+            before += len(starts)
+        return numbers
 
     def take(self, positions: ArrayLike) -> "UnitList":
         """Return the units at some positions."""

@@ -18,11 +18,11 @@ from mera_ds.checkpoint import (
 )
 from mera_ds.config import RunConfig
 from mera_ds.identity import backbone_folder, base_sha256, weights_path
-from mera_ds.model.backbone import fold_lineage, load_backbone
+from mera_ds.model.backbone import DTYPES, fold_lineage, load_backbone
 from mera_ds.model.connectors import Connector, build_connector
 from mera_ds.model.encoders import Encoder, build_encoder
 from mera_ds.model.lora import attach_lora
-from mera_ds.model.mllm import MultimodalLM
+from mera_ds.model.mllm import Layout, MultimodalLM
 
 
 def seed_everything(*facts: object) -> None:
@@ -35,9 +35,11 @@ def build_encoders(config: RunConfig, run: Path, modalities: Sequence[str]) -> d
     """Build the frozen encoders of some modalities."""
     encoders = {}
     for modality in modalities:
-        component = config.modalities[modality].encoder
+        entry = config.modalities[modality]
+        component = entry.encoder
         weights = weights_path(component, run) if component.weights is not None else None
         encoders[modality] = build_encoder(component.kind, component.options, weights)
+        encoders[modality].feature_dtype = DTYPES[entry.feature_dtype]
     return encoders
 
 
@@ -80,7 +82,9 @@ def build_model(
     if lora_for is not None:
         seed_everything(config.seed, "lora", lora_for)
         attach_lora(llm, config.lora)
-    return MultimodalLM(llm, connectors, encoders, config.prompt.max_length)
+    execution = config.execution
+    layout = Layout(execution.packing or execution.shared_prefix, execution.shared_prefix)
+    return MultimodalLM(llm, connectors, encoders, config.prompt.max_length, layout)
 
 
 def _connector(

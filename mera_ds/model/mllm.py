@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from mera_ds.batch import Batch, Features, Sample, pad_features
 from mera_ds.errors import DataError, InputError
 from mera_ds.model.backbone import generation_ends
 from mera_ds.model.connectors import Connector
 from mera_ds.model.encoders import Encoder
+from mera_ds.model.packing import distinct_media, pack, use_packed_attention
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,24 @@ class Rows:
     """(L, 2) row and position whose hidden state predicts the label."""
     labels: Tensor
     """(L,) token ids."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples become rows of the backbone."""
+
+    packed: bool = False
+    """All in one row, see `mera_ds.model.packing`; otherwise one row each, padded."""
+    shared: bool = False
+    """Packed, and texts of one medium share its tokens."""
+
+
+@dataclass
+class Positions:
+    """How many positions the backbone has computed, and padded rows would have."""
+
+    computed: int = 0
+    padded: int = 0
 
 
 class MultimodalLM(nn.Module):
@@ -51,12 +71,17 @@ class MultimodalLM(nn.Module):
         connectors: Mapping[str, Connector],
         encoders: Mapping[str, Encoder],
         max_length: int,
+        layout: Layout = Layout(),
     ) -> None:
         super().__init__()
+        if layout.packed:
+            use_packed_attention(cast(PreTrainedModel, llm), layout.shared)
         self.llm = llm
         self.connectors = nn.ModuleDict(dict(connectors))
         self._encoders = dict(encoders)
         self._max_length = max_length
+        self._layout = layout
+        self.positions = Positions()
 
     @property
     def encoders(self) -> Mapping[str, Encoder]:
@@ -73,12 +98,20 @@ class MultimodalLM(nn.Module):
         return cast(Iterable[tuple[str, Connector]], self.connectors.items())
 
     def encode(self, samples: Sequence[Sample]) -> Features:
-        """Return the features of the samples' media, from the encoder or as they were stored."""
+        """Return the features of the samples' media, from the encoder or as they were stored.
+
+        A medium with several texts among the samples goes through the encoder once.
+        """
         if samples[0].encoded:
             return pad_features([sample.media for sample in samples])
+        chosen, places = distinct_media(samples)
         with torch.no_grad():
             encoder = self._encoders[samples[0].modality]
-            return encoder([sample.media for sample in samples])
+            found = encoder([samples[number].media for number in chosen])
+            features = found.to(found.values.device, encoder.feature_dtype)
+        if len(chosen) == len(samples):
+            return features
+        return Features(features.values[places], features.mask[places])
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the summed cross-entropy of the batch's counted label positions, in fp32.
@@ -86,13 +119,53 @@ class MultimodalLM(nn.Module):
         Every connector is called, in the same order whatever the modality; the others see zeros
         and contribute 0. DeepSpeed's ZeRO would otherwise average wrongly or apply old gradients.
         """
+        if self._layout.packed:
+            hidden_TD, positions, labels, nothing = self._packed(batch)
+        else:
+            hidden_TD, positions, labels, nothing = self._padded(batch)
+        logits_LV = self.llm.get_output_embeddings()(hidden_TD[positions]).float()
+        loss = functional.cross_entropy(logits_LV, labels, reduction="sum")
+        return loss + nothing + 0.0 * hidden_TD[-1].sum().float()
+
+    def _padded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return hidden states (B · T, D) of padded rows, label positions, labels, and a 0."""
         tokens, nothing = self._connect(batch.modality, self.encode(batch.samples))
         rows = self._lay_out(batch.samples, tokens, batch.counted)
         hidden_BTD = self._hidden(rows)
-        picked_LD = hidden_BTD[rows.label_positions[:, 0], rows.label_positions[:, 1]]
-        logits_LV = self.llm.get_output_embeddings()(picked_LD).float()
-        loss = functional.cross_entropy(logits_LV, rows.labels, reduction="sum")
-        return loss + nothing + 0.0 * hidden_BTD[:, -1].sum().float()
+        width = hidden_BTD.shape[1]
+        self._count(rows.attention.numel(), rows.attention.numel())
+        positions = rows.label_positions[:, 0] * width + rows.label_positions[:, 1]
+        return hidden_BTD.flatten(0, 1), positions, rows.labels, nothing
+
+    def _packed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return hidden states (T, D) of a packed row, label positions, labels, and a 0."""
+        samples = batch.samples
+        everyone = list(range(len(samples)))
+        chosen, places = distinct_media(samples) if self._layout.shared else (everyone, everyone)
+        features = self.encode([samples[number] for number in chosen])
+        tokens, nothing = self._connect(batch.modality, features)
+        media = [tokens[place] for place in places]
+        for sample, tokens_KD in zip(samples, media, strict=True):
+            self._check_length(sample.text_tokens + len(tokens_KD), sample)
+        embed = self.llm.get_input_embeddings()
+        row = pack(samples, media, batch.counted, self._layout.shared, embed)
+        hidden_BTD = self.llm.base_model(
+            inputs_embeds=row.embeddings,
+            position_ids=row.position_ids,
+            use_cache=False,
+            **row.attention_arguments(self.llm.config._attn_implementation),
+        ).last_hidden_state
+        self._count(row.position_ids.numel(), row.padded)
+        return hidden_BTD[0], row.label_positions, row.labels, nothing
+
+    def take_positions(self) -> Positions:
+        """Return what was counted since the last call."""
+        found, self.positions = self.positions, Positions()
+        return found
+
+    def _count(self, computed: int, padded: int) -> None:
+        self.positions.computed += computed
+        self.positions.padded += padded
 
     def _connect(self, modality: str, features: Features) -> tuple[list[Tensor], Tensor]:
         """Return each medium's tokens (K_b, D), and a scalar 0 that depends on all connectors."""
@@ -126,7 +199,7 @@ class MultimodalLM(nn.Module):
             cut = len(sample.prefix_ids)
             media_KD = tokens_KD.to(text_TD.dtype)
             row = torch.cat([text_TD[:cut], media_KD, text_TD[cut:]])
-            self._check_length(row, sample)
+            self._check_length(len(row), sample)
             rows.append(row)
             if counted[number]:
                 if not sample.answer_ids:
@@ -144,10 +217,10 @@ class MultimodalLM(nn.Module):
             torch.tensor(labels, dtype=torch.long, device=self.device),
         )
 
-    def _check_length(self, row: Tensor, sample: Sample) -> None:
-        if len(row) > self._max_length:
+    def _check_length(self, length: int, sample: Sample) -> None:
+        if length > self._max_length:
             raise InputError(
-                f"{sample.id} is {len(row)} tokens long with its medium, more than "
+                f"{sample.id} is {length} tokens long with its medium, more than "
                 f"prompt.max_length={self._max_length}; raise it or shorten the text"
             )
 

@@ -29,7 +29,7 @@ from mera_ds.config import REPOSITORY, Dtype, ExecutionConfig, PhaseConfig
 from mera_ds.distributed import World
 from mera_ds.errors import InputError, NumericError
 from mera_ds.files import read_json
-from mera_ds.model.mllm import MultimodalLM
+from mera_ds.model.mllm import MultimodalLM, Positions
 from mera_ds.plan import BACKBONE
 from mera_ds.train.shares import SharedTensor
 
@@ -64,6 +64,7 @@ class Engine:
                 f"execution.zero=0 with backbone.dtype={dtype} would take a wrong first step; "
                 "use execution.zero=1, which costs nothing on one process"
             )
+        self._model = model
         self._world = world
         self._zero = execution.zero
         self._dtype = dtype
@@ -117,6 +118,10 @@ class Engine:
         if not last:
             self._engine.step()
         return loss.detach().double()
+
+    def take_positions(self) -> Positions:
+        """Return how many positions the backbone has computed since the last call."""
+        return self._model.take_positions()
 
     def step(self, learning_rates: Mapping[str, float]) -> bool:
         """Take the optimizer step; return False if it was skipped because of non-finite gradients.

@@ -89,12 +89,15 @@ def train_phase(
                 _report_nonfinite(loader, step, loss, progress, execution)
             elif not applied:
                 logger.info("step %d: skipped, fp16's loss scale was too high for it", step)
+            positions = engine.take_positions()
             figures = {
                 "loss": loss,
                 "lr": next(iter(rates.values())),
                 "tokens_per_second": tokens / max(1e-9, time.monotonic() - started),
                 "memory_gb": memory_gb(),
                 **clock.shares(),
+                "positions": positions.computed,
+                "positions_saved": 1 - positions.computed / max(1, positions.padded),
             }
             metrics.write(phase.name, step + 1, figures)
             console.line(step + 1, figures)

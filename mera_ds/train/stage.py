@@ -87,7 +87,7 @@ def _train(
     for part in step.data:
         encoder = encoders[part.modality]
         data, reader = open_data(config, run, part.modality, TRAIN, encoder, prompts, world)
-        mixture[part.modality] = _mixture_part(data, reader, part, settings.tasks, config.seed)
+        mixture[part.modality] = _mixture_part(data, reader, part, settings, config.seed)
         fingerprints[part.modality] = data.fingerprint
     loader = StepLoader(mixture, _loader_settings(config, settings, world))
     lora_for = step.modality if LORA in step.trainable else None
@@ -157,14 +157,15 @@ def connector_buffers(model: MultimodalLM) -> dict[str, Tensor]:
 
 
 def _mixture_part(
-    data: ModalityData, reader: UnitReader, part: DataPart, tasks: Sequence[str], seed: int
+    data: ModalityData, reader: UnitReader, part: DataPart, settings: PhaseConfig, seed: int
 ) -> MixturePart:
     """Return a modality's units, all of them or the replay sample."""
-    units = data.units(tasks)
+    units = data.units(settings.tasks)
     if part.percent < 100:
         kept = replay_sample(data.ids(units), data.tasks(units), part.percent, seed)
         units = units.take(kept)
-    return MixturePart(reader, units, data.lengths(units), data.ids(units))
+    media = units.media if settings.texts_together > 1 else None
+    return MixturePart(reader, units, data.lengths(units), data.ids(units), media)
 
 
 def _rate_scales(config: RunConfig) -> dict[str, float]:
@@ -181,6 +182,7 @@ def _loader_settings(config: RunConfig, phase: PhaseConfig, world: World) -> Loa
         world=world.size,
         micro_batch=config.execution.micro_batch_size,
         workers=config.execution.workers,
+        texts_together=phase.texts_together,
     )
 
 

@@ -1,9 +1,11 @@
 """The order of an epoch: exact, fixed by the seed, the same for any number of ranks."""
 
+import itertools
 import random
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from mera_ds.data.order import (
@@ -123,6 +125,43 @@ class TestLengths:
             partners.append({unit: frozenset(batch) for batch in found for unit in batch})
         shared = [len(partners[0][unit] & partners[1][unit]) for unit in partners[0]]
         assert sum(shared) / len(shared) < 12
+
+
+class TestTogether:
+    SIZES = np.random.default_rng(0).integers(1, 90, 900).tolist()
+    MEDIA = np.repeat(np.arange(45), 20)
+
+    def order(self, together: int, epoch: int = 0) -> list[int]:
+        found = epoch_order({"video": self.SIZES}, 16, 0, epoch, {"video": self.MEDIA}, together)
+        return [unit for _, unit in found]
+
+    @pytest.mark.parametrize("together", [1, 3, 8, 40])
+    def test_every_text_comes_once(self, together: int) -> None:
+        assert sorted(self.order(together)) == list(range(900))
+        assert self.order(together) == self.order(together) != self.order(together, epoch=1)
+
+    def test_one_is_the_order_that_is_known_without_media(self) -> None:
+        plain = epoch_order({"video": self.SIZES}, 16, 0, 0)
+        assert self.order(1) == [unit for _, unit in plain]
+
+    def test_chunks_of_a_medium_stand_together_and_apart_from_its_others(self) -> None:
+        media = self.MEDIA[self.order(8)]
+        runs = [len(list(run)) for _, run in itertools.groupby(media.tolist())]
+        assert len(runs) > 0.9 * 45 * 3, "chunks of a medium are shuffled"
+        assert np.mean(runs) > 6
+        changes = [len(set(media[start : start + 16].tolist())) for start in range(0, 900, 16)]
+        assert np.mean(changes) < 4
+
+    def test_a_rank_gets_neighbours(self) -> None:
+        batch = [("video", unit) for unit in range(13)]
+        shares = [rank_share(batch, ["video"], rank, 3, 2, neighbours=True) for rank in range(3)]
+        assert [[micro.units for micro in share] for share in shares] == [
+            [(0, 1), (6, 7), (12,)],
+            [(2, 3), (8, 9), (12,)],
+            [(4, 5), (10, 11), (12,)],
+        ]
+        last = [share[-1].counted for share in shares]
+        assert sorted(last) == [(False,), (False,), (True,)]
 
 
 class TestRanks:

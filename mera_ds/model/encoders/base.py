@@ -34,6 +34,8 @@ class Encoder(nn.Module):
     feature_dim: int
     max_tokens: int
     """Largest N that `forward` can give."""
+    feature_dtype: torch.dtype = torch.float32
+    """What features are rounded to, cached or not (`modalities.X.feature_dtype`)."""
     fingerprint: str
     """SHA-256 over kind, revision, options, architecture and weights."""
 
