@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mera_ds.config import EvaluateConfig
+from mera_ds.config import Decode, EvaluateConfig
 from mera_ds.data.dataset import ModalityData, UnitReader, UnitRef
 from mera_ds.errors import DataError
 from mera_ds.files import write_bytes
@@ -55,6 +55,7 @@ def predict(
     items: Sequence[Item],
     config: EvaluateConfig,
     end_ids: Collection[int] = (),
+    decode: Decode = "eager",
 ) -> list[Prediction]:
     """Generate greedily for all items, in batches of similar prompt length.
 
@@ -68,7 +69,7 @@ def predict(
     for start in range(0, len(order), config.batch_size):
         chosen = order[start : start + config.batch_size]
         batch = [reader.read(items[n].unit, supervised=False) for n in chosen]
-        said = model.generate(batch, config.max_new_tokens, tokenizer, end_ids)
+        said = model.generate(batch, config.max_new_tokens, tokenizer, end_ids, decode)
         for number, text in zip(chosen, said, strict=True):
             texts[number] = text
     logger.info("%s: %d predictions", data.modality, len(items))

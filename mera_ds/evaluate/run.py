@@ -112,8 +112,10 @@ def _predictions(
                     move_to(model, encoders, world.device)
                     model.eval()
                 items = test_items(data, dataset, task, config.evaluate.limit)
-                ends = prompts.end_ids
-                said = predict(model, tokenizer, data, reader, items, config.evaluate, ends)
+                said = predict(
+                    *(model, tokenizer, data, reader, items, config.evaluate),
+                    *(prompts.end_ids, config.execution.decode),
+                )
                 save_predictions(path, said)
             found[(dataset, modality, task)] = load_predictions(path)
     return found

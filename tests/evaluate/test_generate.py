@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mera_ds.config import RunConfig, load_config
+from mera_ds.config import Decode, RunConfig, load_config
 from mera_ds.data.dataset import TEST, ModalityData, UnitReader
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.errors import DataError
@@ -112,12 +112,16 @@ class Tiny:
     data: ModalityData
     reader: UnitReader
 
-    def predict(self, task: str, batch_size: int, limit: int | None = None) -> list[Prediction]:
+    def predict(
+        self, task: str, batch_size: int, limit: int | None = None, decode: Decode = "eager"
+    ) -> list[Prediction]:
         items = generate.test_items(self.data, "image", task, limit)
         settings = dataclasses.replace(
             self.config.evaluate, batch_size=batch_size, max_new_tokens=6
         )
-        return predict(self.model, self.tokenizer, self.data, self.reader, items, settings)
+        return predict(
+            self.model, self.tokenizer, self.data, self.reader, items, settings, decode=decode
+        )
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +156,9 @@ class TestPredict:
 
     def test_the_size_of_the_batches_has_no_influence(self, tiny: Tiny) -> None:
         assert tiny.predict("qa", batch_size=3) == tiny.predict("qa", batch_size=64)
+
+    def test_a_fixed_cache_says_the_same(self, tiny: Tiny) -> None:
+        assert tiny.predict("qa", 5, decode="static") == tiny.predict("qa", 5)
 
     def test_the_answer_is_not_shown_to_the_model(self, tiny: Tiny) -> None:
         item = generate.test_items(tiny.data, "image", "qa", 1)[0]
