@@ -16,10 +16,18 @@ import yaml
 from mera_ds.errors import InputError
 from mera_ds.files import write_bytes
 from mera_ds.mergeconfig import CMA, MergeConfig
-from mera_ds.settings import apply_overrides, dump, parse, read_yaml, require_known
+from mera_ds.settings import (
+    apply_overrides,
+    dump,
+    merge_settings,
+    parse,
+    read_yaml,
+    require_known,
+)
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 Recomputation = bool | int | Literal["none", "all", "selective"]
+Decode = Literal["eager", "static", "compiled"]
 Options = Mapping[str, Any]
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -186,6 +194,9 @@ class ExecutionConfig:
     """Largest size of all tars that were fetched from URLs."""
     media_cache_mb: int = 512
     """Decoded media that a loader process keeps for their other texts."""
+    decode: Decode = "eager"
+    """How evaluation generates. `eager`: transformers' loop; `static`: a key-value cache of fixed
+    size; `compiled`: that in one CUDA graph per token (the first batch takes minutes)."""
     save_every: int = 50
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = 2
@@ -263,14 +274,34 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name: str, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """Load a shipped profile by name, or a profile file by path, with `key=value` overrides."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        require_known(name, profile_names(), "profile")
-        path = PROFILES / f"{name}.yaml"
-    values = read_yaml(path)
+    """Load a shipped profile by name, or a profile file by path, with `key=value` overrides.
+
+    A profile may hold only what differs from another one, which its key `base` names.
+    """
+    path = _profile_path(name, Path())
+    values = _profile_values(path, ())
     values.setdefault("profile", path.stem)
     return parse(RunConfig, apply_overrides(values, overrides), path.name)
+
+
+def _profile_path(name: str, folder: Path) -> Path:
+    """Return the file of a shipped profile, or of one that `name` gives relative to `folder`."""
+    if Path(name).suffix in (".yaml", ".yml"):
+        return folder / name
+    require_known(name, profile_names(), "profile")
+    return PROFILES / f"{name}.yaml"
+
+
+def _profile_values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """Read a profile, with what it takes from its base."""
+    if path in above:
+        raise InputError(f"{path.name}: its bases lead back to it; give one of them no base")
+    values = read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    inherited = _profile_values(_profile_path(str(base), path.parent), (*above, path))
+    return merge_settings(inherited, values, path.name)
 
 
 def save_config(config: RunConfig, path: Path) -> None:

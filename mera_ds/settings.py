@@ -145,6 +145,25 @@ _FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
+def merge_settings(
+    base: Mapping[str, Any], changes: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Return `base` with the values of `changes` put in, section by section; lists are replaced.
+
+    Raises:
+        InputError: if one of them holds a section where the other has a plain value.
+    """
+    result: dict[str, Any] = _plain(base)
+    for name, value in changes.items():
+        if name in result and isinstance(value, Mapping) != isinstance(result[name], Mapping):
+            raise InputError(f"{where}.{name} is {value!r}; its base has {result[name]!r}")
+        if name in result and isinstance(value, Mapping):
+            result[name] = merge_settings(result[name], value, f"{where}.{name}")
+        else:
+            result[name] = _plain(value)
+    return result
+
+
 def apply_overrides(values: Mapping[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
     """Return `values` with dotted `section.key=value` overrides; values are read as YAML."""
     result: dict[str, Any] = _plain(values)

@@ -74,6 +74,45 @@ class TestProfiles:
             load_profile(str(tmp_path / "gone.yaml"))
 
 
+class TestBase:
+    """A profile that holds only what differs from another."""
+
+    def test_sections_are_merged_and_lists_replaced(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.yaml"
+        path.write_text("base: tiny\norder: [audio]\nlora: {rank: 4}\nexecution: {zero: 2}\n")
+        mine, tiny = load_profile(str(path), ["seed=5"]), load_profile("tiny")
+        assert mine == dataclasses.replace(
+            tiny,
+            profile="mine",
+            seed=5,
+            order=("audio",),
+            lora=dataclasses.replace(tiny.lora, rank=4),
+            execution=dataclasses.replace(tiny.execution, zero=2),
+        )
+
+    def test_a_base_can_be_a_file_beside_it_with_a_base_of_its_own(self, tmp_path: Path) -> None:
+        (tmp_path / "middle.yaml").write_text("base: tiny\nseed: 3\nlora: {rank: 4}\n")
+        (tmp_path / "top.yaml").write_text("base: middle.yaml\nlora: {alpha: 4}\n")
+        top = load_profile(str(tmp_path / "top.yaml"))
+        assert (top.profile, top.seed, top.lora.rank, top.lora.alpha) == ("top", 3, 4, 4)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("base: tine", r"profile 'tine' is unknown; did you mean 'tiny'"),
+            ("base: gone.yaml", r"gone\.yaml does not exist"),
+            ("base: mine.yaml", r"mine\.yaml: its bases lead back to it"),
+            ("base: tiny\nlora: 3", r"mine\.yaml\.lora is 3; its base has \{'rank': 8"),
+            ("base: tiny\nseed: {a: 1}", r"mine\.yaml: .*seed|mine\.yaml\.seed is"),
+            ("base: tiny\nlora: {rnak: 3}", r"mine\.yaml\.lora: key 'rnak'.*'rank'"),
+        ],
+    )
+    def test_a_wrong_one_is_named(self, tmp_path: Path, text: str, message: str) -> None:
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(InputError, match=message):
+            load_profile(str(tmp_path / "mine.yaml"))
+
+
 class TestRunFolder:
     @pytest.mark.parametrize("name", profile_names())
     def test_what_is_saved_is_what_is_loaded(self, tmp_path: Path, name: str) -> None:

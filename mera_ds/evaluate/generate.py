@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mera_ds.config import Decode
 from mera_ds.data.dataset import ModalityData, UnitReader
 from mera_ds.evaluate.items import Item
 from mera_ds.evaluate.predictions import Prediction
@@ -31,8 +32,12 @@ class Speaker:
     max_new_tokens: int
     end_ids: Collection[int] = ()
     """Tokens that end a text beside the tokenizer's own (`PromptBuilder.end_ids`)."""
+    decode: Decode = "eager"
+    """See `ExecutionConfig.decode`."""
 
     def __call__(self, positions: Sequence[int]) -> list[str]:
         """Return what the model says about the items at some positions."""
         batch = [self.reader.read(self.items[n].unit, supervised=False) for n in positions]
-        return self.model.generate(batch, self.max_new_tokens, self.tokenizer, self.end_ids)
+        return self.model.generate(
+            batch, self.max_new_tokens, self.tokenizer, self.end_ids, self.decode
+        )

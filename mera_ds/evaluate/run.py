@@ -133,7 +133,10 @@ def _generate(
             items = test_items(data, dataset, task, settings.limit)
             lengths = [len(item.question) for item in items]
             parts = cut_into_parts(lengths, settings.batch_size)
-            say = Speaker(model, tokenizer, reader, items, settings.max_new_tokens, prompts.end_ids)
+            say = Speaker(
+                *(model, tokenizer, reader, items, settings.max_new_tokens, prompts.end_ids),
+                decode=config.execution.decode,
+            )
             seconds = predict_in_parts(file, questions(data, items), parts, say, world)
             figures = {"items": len(items), "seconds": seconds, "memory_gb": memory_gb()}
             metrics.write(f"generate/{test.name}", step.stage, figures)

@@ -16,9 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from mera_ds.batch import Batch, Features, Sample, pad_features
+from mera_ds.config import Decode
 from mera_ds.errors import DataError, InputError
 from mera_ds.model.backbone import generation_ends
 from mera_ds.model.connectors import Connector
+from mera_ds.model.decoding import StaticDecoder, make_decoder
 from mera_ds.model.encoders import Encoder
 from mera_ds.model.packing import distinct_media, pack, use_packed_attention
 
@@ -82,6 +84,7 @@ class MultimodalLM(nn.Module):
         self._max_length = max_length
         self._layout = layout
         self.positions = Positions()
+        self._decoders: dict[Decode, StaticDecoder] = {}
 
     @property
     def encoders(self) -> Mapping[str, Encoder]:
@@ -240,6 +243,7 @@ class MultimodalLM(nn.Module):
         max_new_tokens: int,
         tokenizer: Any,
         end_ids: Collection[int] = (),
+        decode: Decode = "eager",
     ) -> list[str]:
         """Continue the samples greedily; return the texts up to the first end token.
 
@@ -249,6 +253,7 @@ class MultimodalLM(nn.Module):
             tokenizer: gives its end token and decodes.
             end_ids: further tokens that end a text, such as the end of an assistant's turn; those
                 of the backbone's generation config count as well.
+            decode: see `execution.decode`; all ways say the same, to rounding.
         """
         tokens, _ = self._connect(samples[0].modality, self.encode(samples))
         rows = self._lay_out(samples, tokens, [False] * len(samples))
@@ -261,14 +266,31 @@ class MultimodalLM(nn.Module):
             ]
         )
         ends = {tokenizer.eos_token_id, *end_ids, *generation_ends(self.llm)}
-        ids_BT = self.llm.generate(
+        ids_BT = self._continue(
+            embeddings_BTD, rows.attention.flip(1), max_new_tokens, ends, decode
+        )
+        said = [list(takewhile(lambda number: number not in ends, row)) for row in ids_BT.tolist()]
+        return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
+
+    def _continue(
+        self,
+        embeddings_BTD: Tensor,
+        attention_BT: Tensor,
+        max_new_tokens: int,
+        ends: Collection[int],
+        decode: Decode,
+    ) -> Tensor:
+        """Return the token ids (B, T') that follow rows padded on the left."""
+        if decode != "eager":
+            if decode not in self._decoders:
+                self._decoders[decode] = make_decoder(self.llm, decode, len(attention_BT))
+            return self._decoders[decode](embeddings_BTD, attention_BT, max_new_tokens, ends)
+        return self.llm.generate(
             inputs_embeds=embeddings_BTD,
-            attention_mask=rows.attention.flip(1),
+            attention_mask=attention_BT,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=True,
             eos_token_id=sorted(ends),
             pad_token_id=min(ends),
         )
-        said = [list(takewhile(lambda number: number not in ends, row)) for row in ids_BT.tolist()]
-        return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mera_ds.config import load_config
+from mera_ds.config import Decode, load_config
 from mera_ds.data.dataset import TEST, ModalityData, UnitReader
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World
@@ -115,11 +115,13 @@ class Tiny:
     data: ModalityData
     reader: UnitReader
 
-    def predict(self, task: str, batch_size: int, limit: int | None = None) -> list[Prediction]:
+    def predict(
+        self, task: str, batch_size: int, limit: int | None = None, decode: Decode = "eager"
+    ) -> list[Prediction]:
         found = items.test_items(self.data, "image", task, limit)
-        say = Speaker(self.model, self.tokenizer, self.reader, found, 6)
+        say = Speaker(self.model, self.tokenizer, self.reader, found, 6, decode=decode)
         parts = cut_into_parts([len(item.question) for item in found], batch_size)
-        file = self.folder / f"{task}-{batch_size}.jsonl"
+        file = self.folder / f"{task}-{batch_size}-{decode}.jsonl"
         predict_in_parts(file, questions(self.data, found), parts, say, World(0, 1, 0))
         return load_predictions(file)
 
@@ -156,6 +158,9 @@ class TestPredict:
 
     def test_the_size_of_the_batches_has_no_influence(self, tiny: Tiny) -> None:
         assert tiny.predict("qa", batch_size=3) == tiny.predict("qa", batch_size=64)
+
+    def test_a_fixed_cache_says_the_same(self, tiny: Tiny) -> None:
+        assert tiny.predict("qa", 5, decode="static") == tiny.predict("qa", 5)
 
     def test_the_answer_is_not_shown_to_the_model(self, tiny: Tiny) -> None:
         item = items.test_items(tiny.data, "image", "qa", 1)[0]
