@@ -1,14 +1,15 @@
-"""The command `mera-ds`: parse, call, print. Heavy modules are imported by the commands."""
+"""The command `mera-ds`: parse, call, print.
+
+Heavy modules are imported by the commands, and the commands' own by `mera-ds` alone: importing this
+package costs `launch/merge.py` nothing.
+"""
 
 import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from mera_ds.cli import lineage, runs, shards, sweep
-from mera_ds.cli.doctor import doctor
 from mera_ds.cli.launch import DEFAULT_RUN, guarded, parse_with_overrides
-from mera_ds.config import profile_names
 
 # Read when torch loads its OpenMP library. Threads that never stop spinning while they wait cost a
 # busy machine more than a factor of ten; threads that sleep at once, a quiet one a third of its
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from mera_ds.cli import lineage, shards, sweep
+
     parser = argparse.ArgumentParser(
         prog="mera-ds",
         description="Teach a language model one modality after another: merge, then realign.",
@@ -45,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from mera_ds.cli import runs
+    from mera_ds.cli.doctor import doctor
+    from mera_ds.config import profile_names
+
     init = commands.add_parser(
         "init",
         help="make a run from a profile",
@@ -91,6 +98,8 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from mera_ds.cli import shards
+
     group = commands.add_parser("shards", help="build, check and look at shard sets")
     kinds = group.add_subparsers(required=True, metavar="COMMAND")
     build = kinds.add_parser(

@@ -52,6 +52,10 @@ def merge_folders(arguments: argparse.Namespace) -> None:
     # Our threads are the only ones: those of the libraries would compete with them.
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ[f"{library}_NUM_THREADS"] = "1"
+    if not arguments.dry_run:
+        from mera_ds.merge.libtorch import load_meanwhile
+
+        load_meanwhile()
     from mera_ds.merge.state_dicts import carry_out, prepare_merge
 
     plan = prepare_merge(

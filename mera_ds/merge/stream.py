@@ -25,6 +25,9 @@ SPAN = 1 << 18
 SAMPLED = 4
 """The rounding error is measured in every fourth span where nothing but rounding can happen."""
 
+_LARGEST = {"F16": 65504.0, "BF16": 3.38e38, "F32": 3.4e38, "F64": 1.79e308}
+"""Of each dtype, at most: if a span's norm is below it, none of its elements becomes infinite."""
+
 _GLANCE = 4096
 """Bytes that are compared first: most spans differ there if they differ at all."""
 
@@ -75,6 +78,7 @@ class BlockMerger:
         self._buffers = {kind: _Buffers(kind) for kind in ("float32", "float64")}
         self._right: tuple[str, NDArray[np.float32]] = ("", np.zeros((0, 0), np.float32))
         self._update = np.zeros(0, np.float32)
+        self._factors, self._products = (_Growing(), _Growing()), _Growing()
 
     def merge(self, tensor: MergedTensor, begin: int, end: int, write: Write) -> BlockResult:
         """Merge the elements `begin` to `end` of a tensor, and write them.
@@ -133,7 +137,8 @@ class BlockMerger:
             np.copyto(merged, before)
         found.weights = _squares(merged)
         self._converter.narrow(merged, tensor.dtype, rounded)
-        if not _is_plain(tensor) or offset % (SPAN * SAMPLED) == 0:
+        safe = found.weights**0.5 < _LARGEST[tensor.dtype]
+        if not safe or offset % (SPAN * SAMPLED) == 0:
             self._converter.widen(rounded, tensor.dtype, before)
             np.subtract(before, merged, out=before)
             found.sampled, found.rounding = found.weights, _squares(before)
@@ -146,37 +151,51 @@ class BlockMerger:
     def _low_rank_rows(
         self, name: str, update: LowRank, begin: int, end: int
     ) -> NDArray[np.float32]:
-        """Return the elements `begin` to `end` of  weight · scale · B A."""
+        """Return the elements `begin` to `end` of  weight · scale · B A, until the next call."""
         columns = update.shape[1]
         first, last = begin // columns, -(-end // columns)
+        small, large = self._factors
         if update.transposed:
-            left = self._matrix(update.factor_a, columns=(first, last)).T
+            left = self._matrix(update.factor_a, small, columns=(first, last)).T
         else:
-            left = self._matrix(update.factor_b, rows=(first, last))
+            left = self._matrix(update.factor_b, small, rows=(first, last))
         if self._right[0] != name:
-            right = update.factor_b if update.transposed else update.factor_a
-            whole = self._matrix(right)
+            whole = self._matrix(update.factor_b if update.transposed else update.factor_a, large)
             self._right = (name, whole.T if update.transposed else whole)
+        rows = self._products.floats((last - first) * columns)
         scaled = left * (self._weight * update.scale)
-        rows: NDArray[np.float32] = np.matmul(scaled, self._right[1])
-        return rows.reshape(-1)[begin - first * columns : end - first * columns]
+        np.matmul(scaled, self._right[1], out=rows.reshape(last - first, columns))
+        return rows[begin - first * columns : end - first * columns]
 
     def _matrix(
         self,
         place: TensorPlace,
+        memory: "_Growing",
         rows: tuple[int, int] | None = None,
         columns: tuple[int, int] | None = None,
     ) -> NDArray[np.float32]:
-        """Return some rows or columns of a factor in fp32."""
+        """Return some rows or columns of a factor in fp32, in memory that is used again."""
         first, last = rows or (0, place.shape[0])
         width = place.shape[1]
         raw = self._files.raw(place, first * width, last * width)
         if columns is not None:
             bounds = slice(columns[0] * place.item_size, columns[1] * place.item_size)
             raw = np.ascontiguousarray(raw.reshape(last - first, -1)[:, bounds]).reshape(-1)
-        values = np.empty(raw.size // place.item_size, np.float32)
-        Converter(fast=False).widen(raw, place.dtype, values)
+        values = memory.floats(raw.size // place.item_size)
+        self._converter.widen(raw, place.dtype, values)
         return values.reshape(last - first, -1)
+
+
+class _Growing:
+    """Memory of a thread that keeps the largest size that was needed."""
+
+    def __init__(self) -> None:
+        self._values = np.empty(0, np.float32)
+
+    def floats(self, size: int) -> NDArray[np.float32]:
+        if size > self._values.size:
+            self._values = np.empty(size, np.float32)
+        return self._values[:size]
 
 
 class _Buffers:
@@ -202,13 +221,6 @@ def _is_copied(tensor: MergedTensor, old: Bytes, new: Bytes) -> bool:
     if tensor.new.dtype != tensor.old.dtype or not np.array_equal(old[:_GLANCE], new[:_GLANCE]):
         return False
     return np.array_equal(old, new)
-
-
-def _is_plain(tensor: MergedTensor) -> bool:
-    """Return whether all three have one dtype, so that nothing can become too large."""
-    return isinstance(tensor.new, TensorPlace) and (
-        tensor.old.dtype == tensor.new.dtype == tensor.dtype
-    )
 
 
 def _lerp(old: Floats, new: Floats, weight: float) -> float:
