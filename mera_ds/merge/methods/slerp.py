@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mera_ds.merge.factors import LowRank, inner
+from mera_ds.merge.factors import LowRank, gram
 from mera_ds.merge.methods.base import require_share
 from mera_ds.merge.updates import LayerMerge, Update, present
 
@@ -57,15 +57,12 @@ def interpolate(
         older: coefficients of all but the newest.
         share: t.
     """
-    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
-    for row, one in enumerate(deltas):
-        for column, other in enumerate(deltas[: row + 1]):
-            gram[row, column] = gram[column, row] = inner(one, other)
+    products = gram(deltas)
     before, after = (torch.tensor([*older, last]).double() for last in (0.0, 1.0))
-    lengths = float((before @ gram @ before) * (after @ gram @ after)) ** 0.5
+    lengths = float((before @ products @ before) * (after @ products @ after)) ** 0.5
     if lengths == 0:
         return 1 - share, share
-    angle = math.acos(max(-1.0, min(1.0, float(before @ gram @ after) / lengths)))
+    angle = math.acos(max(-1.0, min(1.0, float(before @ products @ after) / lengths)))
     # Opposite updates have no shortest way between them.
     if angle < PARALLEL or math.pi - angle < PARALLEL:
         return 1 - share, share
