@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mera_ds.merge.factors import LowRank, total
+from mera_ds.merge.factors import LowRank, gram, total
 from mera_ds.merge.methods.opcm import project
 from mera_ds.merge.methods.slerp import interpolate
 from mera_ds.merge.methods.swudi import solve
@@ -53,7 +53,7 @@ def random_deltas(outputs: int, inputs: int, rank: int) -> list[LowRank]:
 
 def slerp_factors(deltas: Deltas) -> LowRank:
     """Interpolate between the first two and all three."""
-    first, second = interpolate(deltas, [1.0, 1.0], 1 / 3)
+    first, second = interpolate(gram(deltas), [1.0, 1.0], 1 / 3)
     return total([*(delta * (first + second) for delta in deltas[:2]), deltas[2] * second])
 
 

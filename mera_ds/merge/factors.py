@@ -15,6 +15,9 @@ from torch import Tensor
 _ROWS = 1024
 """Rows whose products are added up in fp32."""
 
+_ELEMENTS = 1 << 20
+"""Elements of dense tensors that are in fp64 at once."""
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -87,6 +90,16 @@ def gram(parts: Sequence[LowRank]) -> Tensor:
         for j in range(i + 1):
             value = (_crossed(left[i], left[j]) * _crossed(right[i], right[j])).sum()
             found[i, j] = found[j, i] = value
+    return found
+
+
+def dense_gram(parts: Sequence[Tensor]) -> Tensor:
+    """Return the same of dense tensors of one shape: products and sums in fp64, in blocks."""
+    blocks = zip(*(part.flatten().split(_ELEMENTS) for part in parts), strict=True)
+    found = torch.zeros(len(parts), len(parts), dtype=torch.float64)
+    for block in blocks:
+        rows = torch.stack(block).double()
+        found += rows @ rows.T
     return found
 
 
