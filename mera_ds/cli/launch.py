@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mera_ds.cli.merging import add_merge_arguments, merge_folders
-from mera_ds.config import load_profile
 from mera_ds.errors import InputError, Interrupted, MeraError
 from mera_ds.files import folder_lock, remove_temporaries
-from mera_ds.plan import EvaluateStep, MergeStep, TrainStep
 
-if TYPE_CHECKING:  # it needs torch, and `mera-ds --help` must not
+if TYPE_CHECKING:  # `mera-ds --help` needs no torch, and a merge of two folders not even a plan
+    from mera_ds.plan import EvaluateStep
     from mera_ds.sequence import Run
 
 DEFAULT_RUN = "runs/default"
@@ -94,6 +93,8 @@ def _open(arguments: argparse.Namespace) -> "Run":
 
     run = open_run(arguments.run, arguments.overrides)
     if arguments.profile is not None:
+        from mera_ds.config import load_profile
+
         wanted = load_profile(arguments.profile).profile
         if wanted != run.config.profile:
             raise InputError(
@@ -134,6 +135,7 @@ def train_stage(phases: Sequence[str]) -> int:
     def command() -> None:
         from mera_ds.distributed import ensure_launcher_variables, process_group
         from mera_ds.log import set_up_console
+        from mera_ds.plan import TrainStep
         from mera_ds.sequence import execute_step
 
         world = ensure_launcher_variables()
@@ -178,6 +180,7 @@ def merge() -> int:
 
 
 def _merge_in_run(arguments: argparse.Namespace) -> None:
+    from mera_ds.plan import MergeStep
     from mera_ds.sequence import execute_merge
 
     run = _open(arguments)
@@ -200,6 +203,7 @@ def score() -> int:
     def command() -> None:
         from mera_ds.distributed import ensure_launcher_variables, process_group
         from mera_ds.log import set_up_console
+        from mera_ds.plan import EvaluateStep
         from mera_ds.sequence import execute_step
 
         world = ensure_launcher_variables()
@@ -224,7 +228,7 @@ def score() -> int:
     return guarded(command)
 
 
-def _of_model(run: "Run", step: EvaluateStep, model: str) -> EvaluateStep:
+def _of_model(run: "Run", step: "EvaluateStep", model: str) -> "EvaluateStep":
     """Return the step for another model of its stage; its scores are kept apart."""
     start = Path(step.start).with_name(model)
     if not (run.folder / start / "manifest.json").exists():

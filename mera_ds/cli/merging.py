@@ -6,12 +6,14 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mera_ds.errors import InputError
 from mera_ds.files import require_space
 from mera_ds.log import format_duration
+from mera_ds.mergeconfig import CMA
 
 if TYPE_CHECKING:  # numpy is loaded with one thread per thread of ours, so not before it is needed
     from mera_ds.merge.plan import MergePlan
@@ -31,6 +33,12 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--stage", type=int, help="number of the stage, from 1")
     group.add_argument("--out", type=Path, help="folder to write")
+    group.add_argument(
+        "--method", default=CMA, help=f"how (default: {CMA}); OPTION=VALUE sets its options"
+    )
+    group.add_argument(
+        "--base", type=Path, help="HF checkpoint folder of the model before the first stage"
+    )
     group.add_argument("--shard-size", default="5GB", help="most bytes per output file, e.g. 500MB")
     group.add_argument("--dtype", choices=_DTYPES, help="of the output; default: the input's")
     group.add_argument("--workers", type=int, help="threads; default: one per core, at most 8")
@@ -52,6 +60,10 @@ def merge_folders(arguments: argparse.Namespace) -> None:
     # Our threads are the only ones: those of the libraries would compete with them.
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ[f"{library}_NUM_THREADS"] = "1"
+    if not arguments.dry_run:
+        from mera_ds.merge.libtorch import load_meanwhile
+
+        load_meanwhile()
     from mera_ds.merge.state_dicts import carry_out, prepare_merge
 
     plan = prepare_merge(
@@ -62,6 +74,9 @@ def merge_folders(arguments: argparse.Namespace) -> None:
         shard_size=_bytes(arguments.shard_size),
         dtype=_DTYPES.get(arguments.dtype),
         workers=workers,
+        method=arguments.method,
+        options=_options(arguments.overrides),
+        base=arguments.base,
     )
     for note in plan.notes:
         print(f"note: {note}")
@@ -86,6 +101,15 @@ def merge_folders(arguments: argparse.Namespace) -> None:
 
         for line in compare_logits(plan, arguments.out, prompts):
             print(line)
+
+
+def _options(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the method's options; what reads them is imported only where there are any."""
+    if not overrides:
+        return {}
+    from mera_ds.settings import apply_overrides
+
+    return apply_overrides({}, overrides)
 
 
 def _bytes(text: str) -> int:
@@ -113,7 +137,9 @@ def _print_plan(plan: "MergePlan", output: Path) -> None:
     """Print what would be done."""
     changed = sum(tensor.new is not None for tensor in plan.tensors)
     dtypes = sorted({tensor.dtype for tensor in plan.tensors})
-    print(f"stage {plan.stage}: {1 - plan.coefficient} previous + {plan.coefficient} tuned")
+    from mera_ds.merge.card import equation
+
+    print(f"stage {plan.stage}: {equation(plan)}")
     print(f"previous  {plan.previous}")
     print(f"tuned     {plan.tuned}{' (LoRA adapter)' if plan.adapter else ''}")
     print(f"tensors   {len(plan.tensors)}, {changed} to be merged; written as {', '.join(dtypes)}")

@@ -16,6 +16,7 @@ from mera_ds.merge.partial import TensorRecord
 from mera_ds.merge.plan import MergePlan
 from mera_ds.merge.safetensors_io import DTYPE_NAMES, INDEX, TensorPlace
 from mera_ds.merge.stream import Squares
+from mera_ds.mergeconfig import CMA
 
 METHOD = "cumulative moving average"
 REPORT = "merge_report.json"
@@ -149,22 +150,38 @@ def _record(plan: MergePlan, records: Mapping[str, TensorRecord], workers: int) 
         tuned["adapter_config_sha256"] = sha256_file(plan.tuned / ADAPTER_CONFIG)
     else:
         tuned["weights"] = weights_digest({name: r.tuned for name, r in records.items()})
-    return {
-        "method": METHOD,
-        "stage": plan.stage,
-        "coefficient": str(plan.coefficient),
-        "dtype": _dtypes(plan),
-        "inputs": {
-            "previous": {
-                "folder": plan.previous.resolve().name,
-                "files": _sizes(plan.old),
-                "weights": weights_digest({name: r.previous for name, r in records.items()}),
-            },
-            "tuned": tuned,
+    inputs = {
+        "previous": {
+            "folder": plan.previous.resolve().name,
+            "files": _sizes(plan.old),
+            "weights": weights_digest({name: r.previous for name, r in records.items()}),
         },
+        "tuned": tuned,
+    }
+    if plan.rule.base is not None:
+        inputs["base"] = {
+            "folder": plan.rule.base.resolve().name,
+            "files": _sizes(plan.base),
+            "weights": weights_digest(read_digests(plan.base, workers)),
+        }
+    return {
+        **_method(plan),
+        "stage": plan.stage,
+        "dtype": _dtypes(plan),
+        "inputs": inputs,
         "weights": weights_digest({name: record.merged for name, record in records.items()}),
         "tool": f"mera-ds {__version__}",
     }
+
+
+def _method(plan: MergePlan) -> dict[str, Any]:
+    """Return the method's name, its options if there are any, and λ if it is one number."""
+    found: dict[str, Any] = {"method": METHOD if plan.rule.name == CMA else plan.rule.name}
+    if plan.rule.options:
+        found["options"] = dict(plan.rule.options)
+    if plan.coefficient is not None:
+        found["coefficient"] = str(plan.coefficient)
+    return found
 
 
 def _sizes(places: Mapping[str, TensorPlace]) -> dict[str, int]:
@@ -176,6 +193,18 @@ def _dtypes(plan: MergePlan) -> list[str]:
     names = {dtype: name for name, dtype in DTYPE_NAMES.items()}
     found = sorted({tensor.dtype for tensor in plan.tensors})
     return [names.get(dtype, dtype) for dtype in found]
+
+
+def equation(plan: MergePlan) -> str:
+    """Return what is computed, in one line."""
+    if plan.coefficient is not None:
+        return f"θ = {1 - plan.coefficient} · θ_previous + {plan.coefficient} · θ_tuned"
+    if plan.rule.base is None:
+        return "θ = θ_previous + λ · (θ_tuned − θ_previous), λ by layer"
+    return (
+        f"θ = θ_base + {plan.rule.name} of θ_previous − θ_base and θ_tuned − θ_previous, "
+        f"θ_base being {plan.rule.base.resolve().name}"
+    )
 
 
 def _card(plan: MergePlan, record: Mapping[str, Any], total: Totals) -> str:
@@ -190,8 +219,7 @@ tags:
 ---
 # {previous["folder"]} and {tuned["folder"]}, merged
 
-θ = {1 - plan.coefficient} · θ_previous + {plan.coefficient} · θ_tuned \
-({METHOD}, stage {plan.stage}; "Merge then Realign", arXiv 2503.07663).
+{equation(plan)} ({record["method"]}, stage {plan.stage}; "Merge then Realign", arXiv 2503.07663).
 
 | | {kind if plan.adapter else "folder"} | fingerprint of the weights |
 |---|---|---|

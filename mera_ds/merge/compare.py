@@ -111,6 +111,24 @@ def compare_checkpoints(
     return pair
 
 
+def compare_base(
+    base: Path, previous: Path, old: Mapping[str, TensorPlace], found: Findings
+) -> dict[str, TensorPlace]:
+    """Return the tensors of the model before the first stage; add to `found` what does not fit."""
+    places = tensor_places(base)
+    wanted = {name: place for name, place in old.items() if _is_float(place)}
+    lines = [f"'{name}' is only in {previous}, not in {base}" for name in wanted.keys() - places]
+    both = sorted(wanted.keys() & places)
+    lines += [
+        f"'{name}' is {places[name].dtype} {places[name].shape} in {base} and "
+        f"{wanted[name].dtype} {wanted[name].shape} in {previous}"
+        for name in both
+        if places[name].shape != wanted[name].shape or not _is_float(places[name])
+    ]
+    found.add(sorted(lines), "--base is the model that the first stage was trained from")
+    return {name: places[name] for name in both}
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's config.json."""
     config = read_json(folder / "config.json")

@@ -1,20 +1,16 @@
-"""Between half precision and fp32, without `import torch`.
+"""Between half precision and fp32, without `import torch`: see `mera_ds.merge.libtorch`.
 
-Importing torch takes longer than merging a gigabyte. The conversion is the only thing of it that
-is needed here, and numpy's is thirty times slower for fp16; so it is called through the C interface
-that torch's library has for compiled models. Where that can't be loaded, numpy does it: the same
-bits, slower.
+Where torch's library can't be loaded, numpy does it: the same bits, thirty times slower for fp16.
 """
 
 import ctypes
-import importlib.util
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mera_ds.merge.libtorch import libtorch
 from mera_ds.merge.safetensors_io import Bytes
 
 Floats = NDArray[np.floating[Any]]
@@ -32,7 +28,7 @@ class Converter:
     """Converts blocks; one per thread, since it keeps what it made for the thread's buffers."""
 
     def __init__(self, *, fast: bool = True) -> None:
-        self._torch = _libtorch() if fast else None
+        self._torch = libtorch() if fast else None
         self._kept: dict[tuple[int, int, str], ctypes.c_void_p] = {}
         if self._torch is not None:
             self._torch.omp_set_num_threads(1)
@@ -107,30 +103,7 @@ def _one(value: int) -> "ctypes.Array[ctypes.c_int64]":
 @cache
 def _codes() -> dict[str, int]:
     """Return torch's number of each dtype."""
-    library = _libtorch()
+    library = libtorch()
     assert library is not None
     names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
     return {key: getattr(library, f"aoti_torch_dtype_{name}")() for key, name in names.items()}
-
-
-@cache
-def _libtorch() -> ctypes.CDLL | None:
-    """Load torch's library with the signatures that are used; None if it has no such interface."""
-    spec = importlib.util.find_spec("torch")
-    places = spec.submodule_search_locations if spec is not None else None
-    found = [Path(place) / "lib" / "libtorch_cpu.so" for place in places or ()]
-    try:
-        library = ctypes.CDLL(str(found[0]))
-        integer, pointer = ctypes.c_int32, ctypes.c_void_p
-        library.aoti_torch_create_tensor_from_blob.argtypes = (
-            *(pointer, ctypes.c_int64, pointer, pointer, ctypes.c_int64),
-            *(integer, integer, integer, pointer),
-        )
-        library.aoti_torch_copy_.argtypes = (pointer, pointer, integer)
-        library.aoti_torch_delete_tensor_object.argtypes = (pointer,)
-        library.omp_set_num_threads.argtypes = (integer,)
-        for name in ("float16", "bfloat16", "float32"):
-            getattr(library, f"aoti_torch_dtype_{name}").restype = integer
-    except (OSError, AttributeError, IndexError):
-        return None
-    return library

@@ -25,10 +25,9 @@ from mera_ds.merge.card import MERGE_FILES
 from mera_ds.merge.compare import RECORD as MERGE_RECORD
 from mera_ds.merge.lineage import merge_updates
 from mera_ds.merge.methods import Method
+from mera_ds.merge.safetensors_io import INDEX, weight_files
 from mera_ds.merge.updates import layers_of, open_updates
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 RECORD = "export.json"
 """What an export writes about itself."""
 
@@ -124,7 +123,7 @@ def export_folder(
         if method is None
         else method_update(product, manifest, method)
     )
-    files = {path: _header(path) for path in _weight_files(base)}
+    files = {path: _header(path) for path in weight_files(base)}
     tensors = {name: entry for header in files.values() for name, entry in header.items()}
     unknown = [layer for layer in layers if f"{layer}.weight" not in tensors]
     if unknown:
@@ -159,23 +158,6 @@ def copy_product(product: Path, manifest: Manifest, folder: Path) -> None:
     for file in (MANIFEST, *(entry.file for entry in manifest.connectors.values())):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(product / file, folder / file)
-
-
-def _weight_files(base: Path) -> list[Path]:
-    """Return the files that the base is loaded from; others (`consolidated`) may lie beside them.
-
-    Raises:
-        DataError: if the index names no files.
-    """
-    if (base / INDEX).exists():
-        index = read_json(base / INDEX)
-        weights = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weights, dict) or not weights:
-            raise DataError(f"{base / INDEX} holds no weight_map; restore it")
-        return [base / name for name in sorted({str(name) for name in weights.values()})]
-    if (base / SINGLE).exists():
-        return [base / SINGLE]
-    return sorted(base.glob("*.safetensors"))
 
 
 @dataclass(frozen=True)

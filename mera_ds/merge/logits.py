@@ -55,7 +55,16 @@ def compare_logits(plan: MergePlan, output: Path, prompts: Sequence[str]) -> lis
     written = _logits(output, rows)
     exact_folder = output.with_name(f"{output.name}{TEMPORARY}-exact")
     try:
-        exact_plan = prepare_merge(plan.previous, plan.tuned, plan.stage, exact_folder, dtype="F32")
+        exact_plan = prepare_merge(
+            plan.previous,
+            plan.tuned,
+            plan.stage,
+            exact_folder,
+            dtype="F32",
+            method=plan.rule.name,
+            options=plan.rule.options,
+            base=plan.rule.base,
+        )
         carry_out(exact_plan, exact_folder)
         exact = _logits(exact_folder, rows)
     finally:

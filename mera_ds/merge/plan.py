@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
@@ -12,8 +11,10 @@ from mera_ds.merge.compare import (
     Findings,
     check_order,
     check_parents,
+    compare_base,
     compare_checkpoints,
 )
+from mera_ds.merge.rule import Rule, Weight
 from mera_ds.merge.safetensors_io import (
     FLOATS,
     TensorPlace,
@@ -33,6 +34,15 @@ class MergedTensor:
     """The tuned tensor, its update, or None if the old one is taken over."""
     dtype: str
     """Of the output, as safetensors names it."""
+    weight: Weight
+    """λ: what the update counts."""
+    base: TensorPlace | None = None
+    """The model before the first stage, for methods that need it."""
+
+    @property
+    def layer(self) -> str:
+        """The name by which methods and their options know it."""
+        return self.name.removesuffix(".weight")
 
     @property
     def size(self) -> int:
@@ -75,7 +85,7 @@ class MergePlan:
 
     previous: Path
     tuned: Path
-    stage: int
+    rule: Rule
     dtype: str | None
     """The output's, if one was asked for; else each tensor keeps its own."""
     shards: tuple[Shard, ...]
@@ -83,14 +93,22 @@ class MergePlan:
     """All tensors of --previous."""
     new: Mapping[str, TensorPlace]
     """All tensors of --tuned."""
+    base: Mapping[str, TensorPlace]
+    """All tensors of --base that the method needs."""
     adapter: bool
     """Whether --tuned is an adapter."""
     notes: tuple[str, ...]
 
     @property
-    def coefficient(self) -> Fraction:
-        """What the tuned model counts."""
-        return Fraction(1, self.stage)
+    def stage(self) -> int:
+        """The number of the stage."""
+        return self.rule.stage
+
+    @property
+    def coefficient(self) -> Weight | None:
+        """What the tuned model counts, if it is one number."""
+        found = {tensor.weight for tensor in self.tensors}
+        return found.pop() if len(found) == 1 and self.rule.combine is None else None
 
     @property
     def output_bytes(self) -> int:
@@ -100,7 +118,12 @@ class MergePlan:
     @property
     def input_bytes(self) -> int:
         """Bytes of weights to read."""
-        return sum(place.size for places in (self.old, self.new) for place in places.values())
+        return sum(place.size for places in self.inputs for place in places.values())
+
+    @property
+    def inputs(self) -> list[Mapping[str, TensorPlace]]:
+        """The tensors of every model that is read."""
+        return [self.old, self.new, *([self.base] if self.base else [])]
 
     @property
     def tensors(self) -> list[MergedTensor]:
@@ -113,14 +136,15 @@ class MergePlan:
 
         The inputs count by their files' names, sizes and times of change.
         """
-        files = [_stamps(places) for places in (self.old, self.new)]
+        files = [_stamps(places) for places in self.inputs]
         layout = [[shard.file, shard.header.decode("latin1")] for shard in self.shards]
         updates = [
             [tensor.name, tensor.new.scale, tensor.new.transposed]
             for tensor in self.tensors
             if isinstance(tensor.new, LowRank)
         ]
-        return sha256_json([self.stage, files, layout, updates])
+        rule = [self.rule.name, dict(self.rule.options)]
+        return sha256_json([self.stage, rule, files, layout, updates])
 
 
 def _stamps(places: Mapping[str, TensorPlace]) -> list[list[str | int]]:
@@ -132,7 +156,7 @@ def _stamps(places: Mapping[str, TensorPlace]) -> list[list[str | int]]:
 def plan_merge(
     previous: Path,
     tuned: Path,
-    stage: int,
+    rule: Rule,
     *,
     shard_size: int,
     dtype: str | None,
@@ -144,7 +168,7 @@ def plan_merge(
         InputError: if they can't be merged; the message lists everything.
         DataError: if a file can't be read.
     """
-    found = Findings()
+    found, stage = Findings(), rule.stage
     sources: dict[str, TensorPlace | LowRank]
     adapter = is_adapter(tuned)
     if adapter:
@@ -157,28 +181,46 @@ def plan_merge(
         pair = compare_checkpoints(previous, tuned, stage, dtype, found)
         old, new, all_old = pair.old, pair.new, tensor_places(previous)
         sources = dict(new)
+    base = {} if rule.base is None else compare_base(rule.base, previous, old, found)
     found.require_none()
     check_parents(previous, all_old, new, workers).require_none()
-    tensors = [
-        MergedTensor(
-            name,
-            place,
-            sources.get(name) if place.dtype in FLOATS else None,
-            dtype if dtype is not None and place.dtype in FLOATS else place.dtype,
-        )
-        for name, place in sorted(old.items())
-    ]
+    tensors = _tensors(old, sources, base, rule, dtype)
     return MergePlan(
         previous=previous,
         tuned=tuned,
-        stage=stage,
+        rule=rule,
         dtype=dtype,
         shards=_shards(tensors, shard_size),
         old=all_old,
         new=new,
+        base=base,
         adapter=adapter,
         notes=tuple(found.notes),
     )
+
+
+def _tensors(
+    old: Mapping[str, TensorPlace],
+    sources: Mapping[str, TensorPlace | LowRank],
+    base: Mapping[str, TensorPlace],
+    rule: Rule,
+    dtype: str | None,
+) -> list[MergedTensor]:
+    """Return all tensors of the output in the order of their names."""
+    floats = {name for name, place in old.items() if place.dtype in FLOATS}
+    layers = {name: name.removesuffix(".weight") for name in sorted(floats)}
+    weights = rule.weights(list(layers.values()))
+    return [
+        MergedTensor(
+            name,
+            place,
+            sources.get(name) if name in floats else None,
+            dtype if dtype is not None and name in floats else place.dtype,
+            weights[layers[name]] if name in floats else 0.0,
+            base.get(name),
+        )
+        for name, place in sorted(old.items())
+    ]
 
 
 def _shards(tensors: Sequence[MergedTensor], shard_size: int) -> tuple[Shard, ...]:

@@ -20,6 +20,7 @@ from mera_ds.errors import DataError, InputError
 from mera_ds.files import read_json
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 WEIGHTS = "*.safetensors"
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes per element of the dtypes that can be averaged."""
@@ -71,6 +72,19 @@ def item_size(dtype: str) -> int:
     return _ITEM_SIZES[dtype]
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that a checkpoint is loaded from; others (`consolidated`) may lie beside.
+
+    Raises:
+        DataError: if the index names no files.
+    """
+    if (folder / INDEX).exists():
+        return [folder / name for name in sorted(set(_weight_map(folder / INDEX).values()))]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    return sorted(folder.glob(WEIGHTS))
+
+
 def tensor_places(folder: Path) -> dict[str, TensorPlace]:
     """Return every tensor of an HF checkpoint folder, from the files' headers alone.
 
@@ -78,7 +92,7 @@ def tensor_places(folder: Path) -> dict[str, TensorPlace]:
         InputError: if the folder holds no safetensors.
         DataError: if a file can't be read, a tensor stands in two files, or the index disagrees.
     """
-    files = sorted(folder.glob(WEIGHTS))
+    files = weight_files(folder)
     if not (folder / "config.json").exists() or not files:
         raise InputError(f"{folder} holds no HF checkpoint (config.json and *.safetensors)")
     places: dict[str, TensorPlace] = {}
@@ -95,12 +109,22 @@ def tensor_places(folder: Path) -> dict[str, TensorPlace]:
     return places
 
 
-def _require_index(path: Path, places: Mapping[str, TensorPlace]) -> None:
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return which file of a checkpoint holds each tensor, as its index says."""
     index = read_json(path)
     named = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(named, dict):
-        raise DataError(f"{path} has no 'weight_map'; restore the folder")
-    odd = sorted(set(named) ^ set(places))
+    if not isinstance(named, dict) or not named:
+        raise DataError(f"{path} holds no weight_map; restore it")
+    return {str(name): str(file) for name, file in named.items()}
+
+
+def _require_index(path: Path, places: Mapping[str, TensorPlace]) -> None:
+    named = _weight_map(path)
+    odd = sorted(
+        name
+        for name in named.keys() | places.keys()
+        if name not in places or named.get(name) != places[name].file.name
+    )
     if odd:
         raise DataError(
             f"{path} and the files disagree on '{odd[0]}'"

@@ -6,14 +6,19 @@ a killed merge is continued by the same command, to the same bytes.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from mera_ds.errors import InputError
 from mera_ds.files import full_disk_is_an_error, require_space
 from mera_ds.merge.card import Totals, complete, totals
 from mera_ds.merge.partial import partial_folder, require_new
 from mera_ds.merge.plan import MergePlan, plan_merge
+from mera_ds.merge.rule import open_rule
 from mera_ds.merge.workers import Progress, write_shards
+from mera_ds.mergeconfig import CMA
 
 SHARD_SIZE = 5_000_000_000
 _SPARE_BYTES = 10_000_000
@@ -33,6 +38,9 @@ def prepare_merge(
     shard_size: int = SHARD_SIZE,
     dtype: str | None = None,
     workers: int | None = None,
+    method: str = CMA,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    base: Path | None = None,
 ) -> MergePlan:
     """Check everything that can be checked without writing.
 
@@ -44,10 +52,13 @@ def prepare_merge(
         shard_size: most bytes of tensors per file; a larger tensor has a file of its own.
         dtype: F32, F16 or BF16; None keeps each tensor's.
         workers: number of threads.
+        method: how they are merged (see `mera_ds.merge.rule`).
+        options: of the method.
+        base: θ_0, an HF checkpoint folder, for methods that need it.
 
     Raises:
         InputError: if the models don't fit together or are not in order (all reasons are listed),
-            the stage is not positive, or the output exists.
+            the stage is not positive, the method can't be used, or the output exists.
         DataError: if a file can't be read.
     """
     if stage < 1:
@@ -55,10 +66,11 @@ def prepare_merge(
     if shard_size < 1:
         raise InputError(f"--shard-size is {shard_size}; give a positive number of bytes")
     require_new(output)
+    rule = open_rule(method, options, stage, base)
     if output.resolve() in (previous.resolve(), tuned.resolve()):
         raise InputError(f"--out is one of the inputs, {output}; choose another folder")
     workers = workers or default_workers()
-    return plan_merge(previous, tuned, stage, shard_size=shard_size, dtype=dtype, workers=workers)
+    return plan_merge(previous, tuned, rule, shard_size=shard_size, dtype=dtype, workers=workers)
 
 
 def carry_out(

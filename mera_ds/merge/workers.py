@@ -7,7 +7,6 @@ from pathlib import Path
 from threading import Event, Lock
 
 from mera_ds.files import failpoint, full_disk_is_an_error
-from mera_ds.merge.adapter import LowRank
 from mera_ds.merge.digest import block_ranges, tensor_digest
 from mera_ds.merge.partial import PartialFolder, TensorRecord
 from mera_ds.merge.plan import MergedTensor, MergePlan, Shard
@@ -17,7 +16,8 @@ from mera_ds.merge.stream import BlockMerger, BlockResult, Squares
 Progress = Callable[[int], None]
 """Is told how many bytes of the output were written since the last call."""
 
-Job = tuple["_OpenShard", MergedTensor, int, int]
+Job = tuple["_OpenShard", MergedTensor, Sequence[tuple[int, int]]]
+"""Blocks of a tensor that one thread merges."""
 
 
 def write_shards(
@@ -64,10 +64,8 @@ class _Jobs:
         progress: Progress,
     ) -> None:
         self.stop = Event()
-        self._files = MappedFiles(
-            place.file for places in (plan.old, plan.new) for place in places.values()
-        )
-        self._weight = float(plan.coefficient)
+        self._files = MappedFiles(place.file for places in plan.inputs for place in places.values())
+        self._rule = plan.rule
         self._partial = partial
         self._progress = progress
         self._lock = Lock()
@@ -79,12 +77,15 @@ class _Jobs:
             opened = _OpenShard(shard, self._partial.folder)
             self._open.append(opened)
             for tensor in shard.tensors:
-                for begin, end in block_ranges(tensor.old.elements):
-                    yield opened, tensor, begin, end
+                blocks = block_ranges(tensor.old.elements)
+                if tensor.base is not None:  # what is computed for all of it serves all blocks
+                    yield opened, tensor, blocks
+                else:
+                    yield from ((opened, tensor, [block]) for block in blocks)
 
     def work(self) -> None:
         """Merge blocks until there are none, another thread failed, or it is time to stop."""
-        merger = BlockMerger(self._files, self._weight)
+        merger = BlockMerger(self._files, self._rule)
         try:
             while not self.stop.is_set():
                 with self._lock:
@@ -97,13 +98,15 @@ class _Jobs:
             raise
 
     def _do(self, merger: BlockMerger, job: Job) -> None:
-        opened, tensor, begin, end = job
-        with full_disk_is_an_error(opened.path):
-            result = merger.merge(tensor, begin, end, opened.writer(tensor))
-        failpoint("merge.after_block")
-        with self._lock:
-            complete = opened.add(tensor, begin, result)
-        self._progress((end - begin) * item_size(tensor.dtype))
+        opened, tensor, blocks = job
+        complete = False
+        for begin, end in blocks:
+            with full_disk_is_an_error(opened.path):
+                result = merger.merge(tensor, begin, end, opened.writer(tensor))
+            failpoint("merge.after_block")
+            with self._lock:
+                complete = opened.add(tensor, begin, result)
+            self._progress((end - begin) * item_size(tensor.dtype))
         if complete:
             with full_disk_is_an_error(opened.path):
                 opened.finish()
@@ -177,7 +180,7 @@ class _OpenShard:
             for n, dtype in enumerate((tensor.old.dtype, tuned, tensor.dtype))
         ]
         return TensorRecord(
-            changed=any(block.changed for block in blocks) or isinstance(tensor.new, LowRank),
+            changed=any(block.changed for block in blocks),
             squares=squares,
             previous=digests[0],
             tuned=digests[1],

@@ -5,8 +5,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mera_ds.merge import convert
 from mera_ds.merge.convert import Converter
+from mera_ds.merge.libtorch import libtorch
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16}
 EVERY_HALF = np.arange(65536, dtype=np.uint16).view(np.uint8)
@@ -23,7 +23,7 @@ def difficult_floats(dtype: str) -> NDArray[np.float32]:
 
 
 def test_the_fast_way_is_there() -> None:
-    assert convert._libtorch() is not None
+    assert libtorch() is not None
 
 
 @pytest.mark.parametrize("dtype", TORCH)

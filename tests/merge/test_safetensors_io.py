@@ -115,20 +115,39 @@ class TestFolders:
 
     def test_a_missing_file_is_noticed(self, tmp_path: Path) -> None:
         folder = checkpoint(tmp_path / "model", base_model(), "8KB")
-        sorted(folder.glob("*.safetensors"))[1].unlink()
-        with pytest.raises(DataError, match=r"index\.json and the files disagree on"):
+        gone = sorted(folder.glob("*.safetensors"))[1]
+        gone.unlink()
+        with pytest.raises(DataError, match=rf"{gone.name} can't be read .*No such file"):
             tensor_places(folder)
+
+    def test_a_file_of_another_model_is_noticed(self, tmp_path: Path) -> None:
+        folder = checkpoint(tmp_path / "model", base_model(), "8KB")
+        first, second, *_ = sorted(folder.glob("*.safetensors"))
+        shutil.copyfile(first, second)
+        with pytest.raises(DataError, match=r"is in .*00001.* and .*00002"):
+            tensor_places(folder)
+        save_file({"other": torch.ones(1)}, second)
+        with pytest.raises(DataError, match=r"index\.json and the files disagree on .* more"):
+            tensor_places(folder)
+
+    @pytest.mark.parametrize("layout", ["8KB", "5GB"])
+    def test_files_that_are_not_loaded_do_not_count(self, tmp_path: Path, layout: str) -> None:
+        folder = checkpoint(tmp_path / "model", base_model(), layout)
+        places = tensor_places(folder)
+        save_file({"layers.0.wq": torch.ones(2)}, folder / "consolidated.safetensors")
+        assert tensor_places(folder) == places
 
     def test_an_index_without_a_map(self, tmp_path: Path) -> None:
         folder = checkpoint(tmp_path / "model", base_model(), "8KB")
         (folder / INDEX).write_text("[]")
-        with pytest.raises(DataError, match=r"index\.json has no 'weight_map'"):
+        with pytest.raises(DataError, match=r"index\.json holds no weight_map; restore it"):
             tensor_places(folder)
 
     def test_a_tensor_in_two_files_is_named(self, tmp_path: Path) -> None:
         folder = checkpoint(tmp_path / "model", base_model())
-        shutil.copyfile(folder / "model.safetensors", folder / "again.safetensors")
-        with pytest.raises(DataError, match=r"is in again\.safetensors and model\.safetensors"):
+        (folder / "model.safetensors").rename(folder / "weights.safetensors")
+        shutil.copyfile(folder / "weights.safetensors", folder / "again.safetensors")
+        with pytest.raises(DataError, match=r"is in again\.safetensors and weights\.safetensors"):
             tensor_places(folder)
 
     def test_a_folder_that_is_no_checkpoint(self, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, cast
 
+from torch import Tensor
+
 from mera_ds.merge.methods import (
     cma,
     dare,
@@ -23,7 +25,7 @@ from mera_ds.merge.methods import (
     task_arithmetic,
     ties,
 )
-from mera_ds.merge.updates import LayerMerge, Update
+from mera_ds.merge.updates import Coefficient, LayerMerge, Update
 from mera_ds.settings import parse, require_known
 
 
@@ -36,22 +38,28 @@ class Kind:
     joint: bool = False
     """It merges all deltas as they were trained; what earlier merges made of them doesn't count."""
     warning: str | None = None
+    weights: Callable[..., Mapping[str, Coefficient]] | None = None
+    """(options, layers, stage) → λ of each layer in  θ_i = θ_{i−1} + λ Δ_i,  if that is all."""
+    combine: Callable[..., Tensor] | None = None
+    """(options, layer, stages, deltas) → τ of dense deltas in  θ_i = θ_0 + τ,  where defined."""
 
 
 _ON_LORA = "{} on LoRA deltas can fall below the unmerged model (RobustMerge, arXiv 2502.17159)"
 
 METHODS: Mapping[str, Kind] = {
     "cma": Kind(cma, "coefficients"),
-    "scale": Kind(scale, "coefficients"),
-    "ema": Kind(ema, "coefficients"),
-    "slerp": Kind(slerp, "coefficients"),
-    "task-arithmetic": Kind(task_arithmetic, "coefficients", joint=True),
+    "scale": Kind(scale, "coefficients", weights=scale.weights),
+    "ema": Kind(ema, "coefficients", weights=ema.weights),
+    "slerp": Kind(slerp, "coefficients", combine=slerp.combine),
+    "task-arithmetic": Kind(
+        task_arithmetic, "coefficients", joint=True, combine=task_arithmetic.combine
+    ),
     "fisher": Kind(fisher, "coefficients"),
     "opcm": Kind(opcm, "factors"),
     "swudi": Kind(swudi, "factors", joint=True),
-    "ties": Kind(ties, "dense", joint=True, warning=_ON_LORA.format("TIES")),
-    "dare": Kind(dare, "dense", joint=True, warning=_ON_LORA.format("DARE")),
-    "magmax": Kind(magmax, "dense", joint=True),
+    "ties": Kind(ties, "dense", joint=True, warning=_ON_LORA.format("TIES"), combine=ties.combine),
+    "dare": Kind(dare, "dense", joint=True, warning=_ON_LORA.format("DARE"), combine=dare.combine),
+    "magmax": Kind(magmax, "dense", joint=True, combine=magmax.combine),
 }
 
 

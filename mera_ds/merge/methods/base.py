@@ -1,7 +1,7 @@
 """What the methods share."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from torch import Tensor
@@ -15,12 +15,12 @@ ONLY_NEWEST = Fraction(0), Fraction(1)
 
 
 def weigh_newest(
-    updates: Sequence[Update], layers: Sequence[str], weight: Callable[[str], Coefficient]
+    updates: Sequence[Update], layers: Sequence[str], weights: Mapping[str, Coefficient]
 ) -> Iterator[LayerMerge]:
     """Set the coefficient of the newest delta and leave the older ones as they are."""
     for layer in layers:
         older = [update.coefficient_of(layer) for update in updates[:-1]]
-        yield LayerMerge(layer, (*older, weight(layer)))
+        yield LayerMerge(layer, (*older, weights[layer]))
 
 
 def joint(updates: Sequence[Update], layer: str, merged: LowRank | Tensor) -> LayerMerge:

@@ -20,4 +20,4 @@ def merge(
     updates: Sequence[Update], layers: Sequence[str], options: Options
 ) -> Iterator[LayerMerge]:
     """Give the newest delta the coefficient 1/i."""
-    return weigh_newest(updates, layers, lambda layer: Fraction(1, len(updates)))
+    return weigh_newest(updates, layers, dict.fromkeys(layers, Fraction(1, len(updates))))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mera_ds.errors import InputError
 from mera_ds.merge.methods.base import joint, seed_of
@@ -37,12 +38,19 @@ def merge(
     updates: Sequence[Update], layers: Sequence[str], options: Options
 ) -> Iterator[LayerMerge]:
     """Merge all deltas as they were trained; dense."""
+    stages = [update.stage for update in updates]
     for layer in layers:
-        deltas = present(updates, layer, trained=True)
-        parts = []
-        for position, (update, delta) in enumerate(zip(updates, deltas, strict=True), start=1):
-            generator = torch.Generator().manual_seed(seed_of(options.seed, update.stage, layer))
-            matrix = delta.dense().float()
-            kept = torch.rand(matrix.shape, generator=generator) >= options.drop
-            parts.append(matrix * kept / ((1 - options.drop) * position))
-        yield joint(updates, layer, sum(parts[1:], parts[0]))
+        deltas = [delta.dense().float() for delta in present(updates, layer, trained=True)]
+        yield joint(updates, layer, combine(options, layer, stages, deltas))
+
+
+def combine(
+    options: Options, layer: str, stages: Sequence[int], deltas: Sequence[Tensor]
+) -> Tensor:
+    """Return τ of dense updates of any shape; those of stage j count 1/j."""
+    parts = []
+    for stage, matrix in zip(stages, deltas, strict=True):
+        generator = torch.Generator().manual_seed(seed_of(options.seed, stage, layer))
+        kept = torch.rand(matrix.shape, generator=generator) >= options.drop
+        parts.append(matrix * kept / ((1 - options.drop) * stage))
+    return sum(parts[1:], parts[0])

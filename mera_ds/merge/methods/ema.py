@@ -5,7 +5,7 @@
 Each stage is trained from the average before it, so an older delta keeps its coefficient.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mera_ds.merge.methods.base import require_share, weigh_newest
@@ -28,4 +28,9 @@ def merge(
     updates: Sequence[Update], layers: Sequence[str], options: Options
 ) -> Iterator[LayerMerge]:
     """Give the newest delta the coefficient 1 − β."""
-    return weigh_newest(updates, layers, lambda layer: 1 - options.decay)
+    return weigh_newest(updates, layers, weights(options, layers, len(updates)))
+
+
+def weights(options: Options, layers: Sequence[str], stage: int) -> Mapping[str, float]:
+    """Return what the newest update counts in each layer."""
+    return dict.fromkeys(layers, 1 - options.decay)

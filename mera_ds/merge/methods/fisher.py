@@ -42,7 +42,7 @@ def merge(
     parts = {layer: _parts(updates, layer, options.estimator) for layer in layers}
     whole = tuple(sum(column) for column in zip(*parts.values(), strict=True))
     chosen = parts if options.per == "layer" else dict.fromkeys(layers, whole)
-    return weigh_newest(updates, layers, lambda layer: _ratio(*chosen[layer]))
+    return weigh_newest(updates, layers, {layer: _ratio(*chosen[layer]) for layer in layers})
 
 
 def _ratio(numerator: float, denominator: float) -> float:

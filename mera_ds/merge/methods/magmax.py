@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mera_ds.merge.methods.base import joint
 from mera_ds.merge.updates import LayerMerge, Update, present
@@ -28,8 +29,17 @@ def merge(
     updates: Sequence[Update], layers: Sequence[str], options: Options
 ) -> Iterator[LayerMerge]:
     """Merge all deltas as they were trained; dense."""
+    stages = [update.stage for update in updates]
     for layer in layers:
-        first, *others = (delta.dense().float() for delta in present(updates, layer, trained=True))
-        for matrix in others:
-            first = torch.where(matrix.abs() > first.abs(), matrix, first)
-        yield joint(updates, layer, options.value * first)
+        deltas = [delta.dense().float() for delta in present(updates, layer, trained=True)]
+        yield joint(updates, layer, combine(options, layer, stages, deltas))
+
+
+def combine(
+    options: Options, layer: str, stages: Sequence[int], deltas: Sequence[Tensor]
+) -> Tensor:
+    """Return τ of dense updates of any shape."""
+    first, *others = deltas
+    for matrix in others:
+        first = torch.where(matrix.abs() > first.abs(), matrix, first)
+    return options.value * first

@@ -35,13 +35,22 @@ def merge(
     Raises:
         InputError: if a pattern fits no layer.
     """
+    return weigh_newest(updates, layers, weights(options, layers, len(updates)))
+
+
+def weights(options: Options, layers: Sequence[str], stage: int) -> Mapping[str, Coefficient]:
+    """Return what the newest update counts in each layer.
+
+    Raises:
+        InputError: if a pattern fits no layer.
+    """
     for pattern in options.layers:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
             raise InputError(
                 f"layers: '{pattern}' fits no layer of the backbone; they are called e.g. "
                 f"'{layers[0]}'"
             )
-    return weigh_newest(updates, layers, lambda layer: _weight(options, layer, len(updates)))
+    return {layer: _weight(options, layer, stage) for layer in layers}
 
 
 def _weight(options: Options, layer: str, stage: int) -> Coefficient:

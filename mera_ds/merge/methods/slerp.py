@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from mera_ds.merge.factors import LowRank, inner
+from mera_ds.merge.factors import dense_gram, gram
 from mera_ds.merge.methods.base import require_share
 from mera_ds.merge.updates import LayerMerge, Update, present
 
@@ -43,29 +44,33 @@ def merge(
     share = 1 / len(updates) if options.t is None else options.t
     for layer in layers:
         older = [float(update.coefficient_of(layer)) for update in updates[:-1]]
-        first, second = interpolate(present(updates, layer), older, share)
+        first, second = interpolate(gram(present(updates, layer)), older, share)
         yield LayerMerge(layer, (*[factor * (first + second) for factor in older], second))
 
 
-def interpolate(
-    deltas: Sequence[LowRank], older: Sequence[float], share: float
-) -> tuple[float, float]:
+def combine(
+    options: Options, layer: str, stages: Sequence[int], deltas: Sequence[Tensor]
+) -> Tensor:
+    """Interpolate dense updates of any shape: Σ of all but the newest, and Σ of all."""
+    share = 1 / stages[-1] if options.t is None else options.t
+    older = [1.0] * (len(deltas) - 1)
+    first, second = interpolate(dense_gram(deltas), older, share)
+    return (first + second) * sum(deltas[1:-1], deltas[0]) + second * deltas[-1]
+
+
+def interpolate(products: Tensor, older: Sequence[float], share: float) -> tuple[float, float]:
     """Return the factors of τ and τ'.
 
     Args:
-        deltas: of all stages, the newest last.
+        products: ⟨Δ_i, Δ_j⟩ of all stages, the newest last; (stages, stages), fp64.
         older: coefficients of all but the newest.
         share: t.
     """
-    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
-    for row, one in enumerate(deltas):
-        for column, other in enumerate(deltas[: row + 1]):
-            gram[row, column] = gram[column, row] = inner(one, other)
     before, after = (torch.tensor([*older, last]).double() for last in (0.0, 1.0))
-    lengths = float((before @ gram @ before) * (after @ gram @ after)) ** 0.5
+    lengths = float((before @ products @ before) * (after @ products @ after)) ** 0.5
     if lengths == 0:
         return 1 - share, share
-    angle = math.acos(max(-1.0, min(1.0, float(before @ gram @ after) / lengths)))
+    angle = math.acos(max(-1.0, min(1.0, float(before @ products @ after) / lengths)))
     # Opposite updates have no shortest way between them.
     if angle < PARALLEL or math.pi - angle < PARALLEL:
         return 1 - share, share

@@ -7,6 +7,8 @@ validation set (TIES, arXiv 2306.01708, appendix).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from mera_ds.merge.updates import LayerMerge, Update
 
 
@@ -24,3 +26,10 @@ def merge(
     """Give every delta the same coefficient."""
     for layer in layers:
         yield LayerMerge(layer, (options.value,) * len(updates))
+
+
+def combine(
+    options: Options, layer: str, stages: Sequence[int], deltas: Sequence[Tensor]
+) -> Tensor:
+    """Return λ · Σ_j Δ_j of dense updates of any shape."""
+    return options.value * sum(deltas[1:], deltas[0])

@@ -36,10 +36,17 @@ def merge(
     updates: Sequence[Update], layers: Sequence[str], options: Options
 ) -> Iterator[LayerMerge]:
     """Merge all deltas as they were trained; dense."""
+    stages = [update.stage for update in updates]
     for layer in layers:
-        deltas = present(updates, layer, trained=True)
-        trimmed = [trim(delta.dense().float(), options.density) for delta in deltas]
-        yield joint(updates, layer, options.value * elect(trimmed))
+        deltas = [delta.dense().float() for delta in present(updates, layer, trained=True)]
+        yield joint(updates, layer, combine(options, layer, stages, deltas))
+
+
+def combine(
+    options: Options, layer: str, stages: Sequence[int], deltas: Sequence[Tensor]
+) -> Tensor:
+    """Return τ of dense updates of any shape."""
+    return options.value * elect([trim(delta, options.density) for delta in deltas])
 
 
 def trim(matrix: Tensor, density: float) -> Tensor:
