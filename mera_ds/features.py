@@ -2,10 +2,12 @@
 
 Features are computed once per medium and kept on disk.
 
-One safetensors file per tar: `values` (n, N, D) fp32 and `lengths` (n,). The folder's name holds
-the fingerprints of the shard set and of the encoder, so features never outlive what made them.
+One safetensors file per tar: `values` (n, N, D) fp32 and `lengths` (n,), and its SHA-256 beside it.
+The folder's name holds the fingerprints of the shard set and of the encoder, so features never
+outlive what made them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,15 +21,17 @@ from mera_ds.data.dataset import MediaCache, ModalityData, UnitReader, UnitRef
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World, gather, share
 from mera_ds.errors import DataError
-from mera_ds.files import committed_folder
+from mera_ds.files import committed_folder, shared_folder
 from mera_ds.identity import data_folders
 from mera_ds.log import logger
 from mera_ds.model.encoders import Encoder
 from mera_ds.registry import plugin_errors
 from mera_ds.shards.reader import Reading
+from mera_ds.shards.verify import has_sha256
 
 ENCODE_BATCH = 16
 FILE = "features.safetensors"
+HASH = "sha256"
 
 
 def open_data(
@@ -77,6 +81,14 @@ def transform(encoder: Encoder, data: ModalityData, unit: UnitRef) -> Tensor:
         return encoder.transform(medium)
 
 
+def _require_sound(path: Path) -> None:
+    """Raise `OSError` unless a file of features is the one that was written."""
+    sha256 = path.with_name(HASH).read_text()
+    with path.open("rb") as file:
+        if not has_sha256(path, file.fileno(), sha256):
+            raise OSError("it was changed or damaged, its SHA-256 differs")
+
+
 class FeatureStore:
     """Reads the features of one modality's shard sets, computing those that are missing."""
 
@@ -94,13 +106,18 @@ class FeatureStore:
         if todo:
             media = sum(len(self._data.readers[n].usable(s)) for n, s in todo)
             logger.info("%s: encoding %d media once", self._data.modality, media)
-        for number, shard in todo[world.rank :: world.size]:
-            self._encode(number, shard, world.device)
+        self._encode_all(todo[world.rank :: world.size], world.device)
         gather(None)
         if world.local_rank == 0:
-            for number, shard in self._missing():
-                self._encode(number, shard, world.device)
+            self._encode_all(self._missing(), world.device)
         gather(None)
+
+    def _encode_all(self, tars: Sequence[tuple[int, int]], device: str) -> None:
+        if not tars:
+            return
+        with shared_folder(cache_folder() / "features"):
+            for number, shard in tars:
+                self._encode(number, shard, device)
 
     def _missing(self) -> list[tuple[int, int]]:
         """Return reader and number of every tar whose features this machine does not have."""
@@ -108,7 +125,7 @@ class FeatureStore:
             (number, shard)
             for number, reader in enumerate(self._data.readers)
             for shard in range(len(reader.index.shards))
-            if len(reader.usable(shard)) and not self._folder(number, shard).exists()
+            if len(reader.usable(shard)) and not (self._folder(number, shard) / HASH).exists()
         ]
 
     def load(self, unit: UnitRef) -> Tensor:
@@ -125,6 +142,7 @@ class FeatureStore:
     def _open(self, path: Path) -> tuple[Tensor, Tensor]:
         if path not in self._files:
             try:
+                _require_sound(path)
                 with safe_open(str(path), framework="pt") as file:
                     self._files[path] = (file.get_tensor("values"), file.get_tensor("lengths"))
             except (SafetensorError, OSError) as error:
@@ -145,7 +163,7 @@ class FeatureStore:
         padded = pad_features(rows)
         tensors = {"values": padded.values, "lengths": padded.mask.sum(dim=1)}
         with committed_folder(self._folder(reader, shard)) as folder:
-            save_tensors(folder / FILE, tensors)
+            (folder / HASH).write_text(save_tensors(folder / FILE, tensors))
 
     def _features(self, units: list[UnitRef], device: str) -> list[Tensor]:
         """Return the real feature tokens (N_b, D) of some media, fp32, on the CPU."""

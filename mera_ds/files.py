@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,18 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON in one atomic step."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def add_to_json(path: Path, entries: Mapping[str, Any]) -> None:
+    """Add entries to a JSON object that several processes add to; none of theirs is lost."""
+    with full_disk_is_an_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.with_name(f"{path.name}.lock").open("a")
+    with opened as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in path.parent.glob(f"{path.name}{TEMPORARY}-*"):
+            left.unlink()
+        write_json(path, {**(read_json(path) if path.exists() else {}), **entries})
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -157,6 +169,26 @@ def remove_temporaries(folder: Path) -> list[Path]:
         else:
             path.unlink(missing_ok=True)
     return leftovers
+
+
+@contextmanager
+def shared_folder(folder: Path) -> Iterator[None]:
+    """Write into a folder that other processes may be writing into as well.
+
+    Who comes while nobody else is there removes what killed processes left.
+    """
+    with full_disk_is_an_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / ".lock").open("a")
+    with opened as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        else:
+            remove_temporaries(folder)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
 
 
 @contextmanager

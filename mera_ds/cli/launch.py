@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from mera_ds.cli.merging import add_merge_arguments, merge_folders
 from mera_ds.config import load_profile
 from mera_ds.errors import InputError, Interrupted, MeraError
-from mera_ds.files import folder_lock, remove_temporaries
 from mera_ds.plan import EvaluateStep, MergeStep, TrainStep
 
 if TYPE_CHECKING:  # it needs torch, and `mera-ds --help` must not
@@ -102,8 +101,9 @@ def _locked(run: "Run") -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    with folder_lock(run.folder):
-        remove_temporaries(run.folder)
+    from mera_ds.sequence import locked
+
+    with locked(run.folder):
         yield
 
 
