@@ -230,7 +230,10 @@ def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     if not path.exists():
         raise DataError(f"{path} is missing; restore it or make its folder again")
     if sha256 is not None and sha256_file(path) != sha256:
-        raise DataError(f"{path} was changed or damaged (its SHA-256 differs); restore it")
+        raise DataError(
+            f"{path} was changed or damaged: its bytes 0 to {path.stat().st_size} don't have the "
+            f"SHA-256 {sha256} that was written; restore it"
+        )
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}

@@ -14,7 +14,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mera_ds.errors import InputError, LockedError, ResourceError
 
@@ -244,17 +244,33 @@ def folder_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         opened = path.open("a+")
     with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise LockedError(
-                f"{folder} is in use by process {holder}; wait for it or stop it"
-            ) from None
+        _take_lock(file, folder)
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
         os.set_inheritable(file.fileno(), True)
         yield
+
+
+def require_unlocked(folder: Path) -> None:
+    """Refuse a run folder that another process is working on, before seconds of imports.
+
+    Raises:
+        LockedError: if another process holds its lock.
+    """
+    path = folder / ".lock"
+    if path.exists():
+        with path.open() as file:
+            _take_lock(file, folder)
+
+
+def _take_lock(file: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        raise LockedError(
+            f"{folder} is in use by process {holder}; wait for it or stop it"
+        ) from None

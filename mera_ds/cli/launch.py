@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mera_ds.cli.merging import add_merge_arguments, merge_folders
 from mera_ds.config import load_profile
 from mera_ds.errors import InputError, Interrupted, MeraError
+from mera_ds.files import require_unlocked
 from mera_ds.plan import EvaluateStep, MergeStep, TrainStep
 
 if TYPE_CHECKING:  # it needs torch, and `mera-ds --help` must not
@@ -95,6 +96,11 @@ def _stage_of(run: "Run", modality: str | None) -> str:
     return modality
 
 
+def _refuse_busy(run: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        require_unlocked(run)
+
+
 @contextmanager
 def _locked(run: "Run") -> Iterator[None]:
     """Hold the run's lock on the first process of the first node."""
@@ -115,6 +121,7 @@ def train_stage(phases: Sequence[str]) -> int:
     arguments = parse_with_overrides(parser)
 
     def command() -> None:
+        _refuse_busy(arguments.run)
         from mera_ds.distributed import ensure_launcher_variables, process_group
         from mera_ds.log import set_up_console
         from mera_ds.sequence import execute_step
@@ -161,6 +168,7 @@ def merge() -> int:
 
 
 def _merge_in_run(arguments: argparse.Namespace) -> None:
+    _refuse_busy(arguments.run)
     from mera_ds.sequence import execute_merge
 
     run = _open(arguments)
@@ -180,6 +188,7 @@ def score() -> int:
     arguments = parse_with_overrides(parser)
 
     def command() -> None:
+        _refuse_busy(arguments.run)
         from mera_ds.distributed import ensure_launcher_variables, process_group
         from mera_ds.log import set_up_console
         from mera_ds.sequence import execute_step

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mera_ds.config import RunConfig, load_profile, resolve_path, save_config
 from mera_ds.doctor import missing_paths
 from mera_ds.errors import InputError, MeraError
-from mera_ds.files import folder_lock, remove_temporaries
+from mera_ds.files import folder_lock, remove_temporaries, require_unlocked
 from mera_ds.log import set_up_console
 from mera_ds.methods import make_plan
 from mera_ds.plan import DataPart, EvaluateStep, MergeStep, Step, TrainStep, save_plan
@@ -131,6 +131,8 @@ def _texts(run: "Run", part: DataPart, tasks: Sequence[str]) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carry out the plans of some runs."""
+    for folder in arguments.runs:
+        require_unlocked(folder)
     from mera_ds.sequence import open_run, run_plans
 
     set_up_console()

@@ -26,6 +26,7 @@ from mera_ds.log import Metrics, format_duration, logger
 from mera_ds.model.build import seed_everything
 from mera_ds.train.engine import Engine
 from mera_ds.train.schedule import learning_rate_factor
+from mera_ds.train.spikes import FACTOR, SpikeWatch
 from mera_ds.train.state import Progress, load_checkpoint, save_checkpoint
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -62,6 +63,7 @@ def train_phase(
     require_equal((loader.total_steps, loader.order_hash()), "number of steps and order of data")
     progress = _resume(engine, phase)
     console = _Console(phase.name, progress.step, loader.total_steps)
+    spikes = SpikeWatch()
     with _stop_signal() as stop:
         for step, batches in loader.batches(progress.step):
             failpoint("train.step")
@@ -78,6 +80,8 @@ def train_phase(
                 _report_nonfinite(loader, step, loss, progress, execution)
             elif not applied:
                 logger.info("step %d: skipped, fp16's loss scale was too high for it", step)
+            if spikes.is_spike(loss):
+                _report_spike(loader, step, loss)
             figures = {
                 "loss": loss,
                 "lr": next(iter(rates.values())),
@@ -160,6 +164,13 @@ def _report_nonfinite(
             f"execution.max_nonfinite_steps={execution.max_nonfinite_steps}; the last one held "
             f"{samples}. Lower the learning rate, or use backbone.dtype=bf16"
         )
+
+
+def _report_spike(loader: StepLoader, step: int, loss: float) -> None:
+    logger.warning(
+        "step %d: the loss %.4g is more than %g times that of the steps before: %s",
+        *(step, loss, FACTOR, ", ".join(loader.sample_ids(step)[:8])),
+    )
 
 
 def _memory_gb() -> float:

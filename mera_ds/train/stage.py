@@ -16,7 +16,7 @@ from mera_ds.data.replay import replay_sample
 from mera_ds.distributed import World, main_rank_first, process_group
 from mera_ds.features import ENCODE_BATCH, open_data
 from mera_ds.files import write_json
-from mera_ds.identity import base_sha256, product_key, used_plugins
+from mera_ds.identity import base_sha256, product_inputs, product_key, used_plugins
 from mera_ds.log import Metrics, logger
 from mera_ds.merge.fisher import marginals_from_moments
 from mera_ds.model.backbone import load_tokenizer
@@ -27,6 +27,7 @@ from mera_ds.model.trainable import set_trainable
 from mera_ds.plan import LORA, DataPart, Plan, TrainStep, connector_set
 from mera_ds.train.contract import check_token_counts
 from mera_ds.train.engine import Engine
+from mera_ds.train.inputs import keep_inputs
 from mera_ds.train.loop import Phase, train_phase
 from mera_ds.train.schedule import peak_rates
 from mera_ds.train.state import remove_checkpoints
@@ -56,6 +57,10 @@ def run_train_step(run: Path, config: RunConfig, plan: Plan, step: TrainStep, wo
                 remove_checkpoints(_checkpoint_folder(run, step))  # if a kill came in between
                 logger.info("%s is finished", step.name)
             return
+        with main_rank_first(world) as mine:
+            if mine:
+                folder = _checkpoint_folder(run, step)
+                keep_inputs(folder, product_inputs(config, run, plan, step))
         _train(run, config, step, key, world)
 
 
