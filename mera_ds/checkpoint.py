@@ -31,7 +31,9 @@ from torch import Tensor
 
 from mera_ds.errors import DataError, InputError
 from mera_ds.files import (
+    add_to_json,
     committed_folder,
+    failpoint,
     link_or_copy,
     read_json,
     require_space,
@@ -231,6 +233,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     write_safetensors(path, ready)
+    failpoint("tensors.written")
     return sha256_file(path)
 
 
@@ -259,7 +262,10 @@ def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     if not path.exists():
         raise DataError(f"{path} is missing; restore it or make its folder again")
     if sha256 is not None and sha256_file(path) != sha256:
-        raise DataError(f"{path} was changed or damaged (its SHA-256 differs); restore it")
+        raise DataError(
+            f"{path} was changed or damaged: its bytes 0 to {path.stat().st_size} don't have the "
+            f"SHA-256 {sha256} that was written; restore it"
+        )
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
@@ -305,7 +311,7 @@ def hash_backbone(folder: Path, memory: Path) -> str:
 
     Args:
         folder: an HF checkpoint.
-        memory: JSON file in which hashes are remembered by name, size and time of change.
+        memory: JSON file in which hashes are remembered by name, size and times of change.
 
     Raises:
         InputError: if the folder or its weights are missing.
@@ -327,9 +333,10 @@ def remembered_sha256(path: Path, memory: Path) -> str:
         visible = [name for name in names if not name.startswith(".")]  # a hub's notes are not
         return sha256_json({name: remembered_sha256(path / name, memory) for name in visible})
     status = path.stat()
-    stamp = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    # The time of change counts, too: a copy may keep the time of writing, and so may an archive.
+    stamp = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
     remembered = read_json(memory) if memory.exists() else {}
     if stamp not in remembered:
-        remembered[stamp] = sha256_file(path)
-        write_json(memory, remembered)
+        remembered = {stamp: sha256_file(path)}
+        add_to_json(memory, remembered)
     return str(remembered[stamp])

@@ -2,8 +2,9 @@
 
 Features are computed once per medium and kept on disk in feature shards of `PART` media of one
 tar: a safetensors file with `values` (T, D), the tokens of all its media one after another, and
-`starts` (n + 1,), where those of each medium begin. The folder's name holds the fingerprints of
-the shard set and of the encoder, and the dtype, so features never outlive what made them.
+`starts` (n + 1,), where those of each medium begin; its SHA-256 lies beside it. The folder's name
+holds the fingerprints of the shard set and of the encoder, and the dtype, so features never
+outlive what made them.
 """
 
 import time
@@ -29,11 +30,13 @@ from mera_ds.log import logger
 from mera_ds.model.encoders import Encoder
 from mera_ds.registry import plugin_errors
 from mera_ds.shards.reader import Reading
+from mera_ds.shards.verify import has_sha256
 
 ENCODE_BATCH = 16
 PART = 256
 """Media of a feature shard; bounds what is in memory while they are encoded."""
 FILE = "features.safetensors"
+HASH = "sha256"
 LOCK_POLL_SECONDS = 0.5
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -100,6 +103,14 @@ class Part:
     number: int
     media: tuple[int, ...]
     """Their positions in the shard set."""
+
+
+def _require_sound(path: Path) -> None:
+    """Raise `OSError` unless a file of features is the one that was written."""
+    sha256 = path.with_name(HASH).read_text()
+    with path.open("rb") as file:
+        if not has_sha256(path, file.fileno(), sha256):
+            raise OSError("it was changed or damaged, its SHA-256 differs")
 
 
 class FeatureStore:
@@ -193,6 +204,7 @@ class FeatureStore:
     def _open(self, path: Path) -> tuple[Tensor, list[int]]:
         if path not in self._files:
             try:
+                _require_sound(path)
                 with safe_open(str(path), framework="pt") as file:
                     starts = file.get_tensor("starts").tolist()
                     self._files[path] = (file.get_tensor("values"), starts)
@@ -223,7 +235,7 @@ class FeatureStore:
         lengths = torch.tensor([0, *map(len, rows)])
         tensors = {"values": torch.cat(rows), "starts": lengths.cumsum(dim=0)}
         with committed_folder(self._folder(part)) as folder:
-            save_tensors(folder / FILE, tensors)
+            (folder / HASH).write_text(save_tensors(folder / FILE, tensors))
 
     def _features(self, units: list[UnitRef], device: str) -> list[Tensor]:
         """Return the real feature tokens (N_b, D) of some media, on the CPU."""

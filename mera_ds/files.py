@@ -11,10 +11,10 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mera_ds.errors import InputError, LockedError, ResourceError
 
@@ -69,6 +69,18 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON in one atomic step."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def add_to_json(path: Path, entries: Mapping[str, Any]) -> None:
+    """Add entries to a JSON object that several processes add to; none of theirs is lost."""
+    with full_disk_is_an_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.with_name(f"{path.name}.lock").open("a")
+    with opened as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in path.parent.glob(f"{path.name}{TEMPORARY}-*"):
+            left.unlink()
+        write_json(path, {**(read_json(path) if path.exists() else {}), **entries})
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -212,17 +224,33 @@ def folder_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         opened = path.open("a+")
     with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise LockedError(
-                f"{folder} is in use by process {holder}; wait for it or stop it"
-            ) from None
+        _take_lock(file, folder)
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
         os.set_inheritable(file.fileno(), True)
         yield
+
+
+def require_unlocked(folder: Path) -> None:
+    """Refuse a run folder that another process is working on, before seconds of imports.
+
+    Raises:
+        LockedError: if another process holds its lock.
+    """
+    path = folder / ".lock"
+    if path.exists():
+        with path.open() as file:
+            _take_lock(file, folder)
+
+
+def _take_lock(file: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        raise LockedError(
+            f"{folder} is in use by process {holder}; wait for it or stop it"
+        ) from None

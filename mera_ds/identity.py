@@ -62,6 +62,15 @@ def product_key(config: RunConfig, run: Path, plan: Plan, step: Step) -> str:
     """Return the hash of everything that determines a step's product.
 
     Raises:
+        InputError: as `product_inputs`.
+    """
+    return sha256_json(product_inputs(config, run, plan, step))
+
+
+def product_inputs(config: RunConfig, run: Path, plan: Plan, step: Step) -> dict[str, Any]:
+    """Return everything that determines a step's product.
+
+    Raises:
         InputError: if weights, shards or the product that the step starts from are missing.
     """
     start = None
@@ -83,7 +92,7 @@ def product_key(config: RunConfig, run: Path, plan: Plan, step: Step) -> str:
         facts |= _training_facts(config, run, step)
     else:
         _refuse_changed_plugins(config, run / step.start, step.modalities)
-    return sha256_json(facts)
+    return facts
 
 
 def used_plugins(config: RunConfig, modalities: Iterable[str]) -> dict[str, str]:

@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
             "was stopped while it wrote them; run it again"
         )
     return Run(folder, config, plan, tuple(overrides))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's lock, having removed (and named) what a killed process left unfinished."""
+    with folder_lock(folder):
+        for path in remove_temporaries(folder):
+            logger.info("%s was left unfinished by a process that was killed; removed", path)
+        yield
 
 
 def step_is_finished(run: Run, step: Step) -> bool:
@@ -225,8 +235,7 @@ def _carry_out(
     execution = run.config.execution
     alone = isinstance(step, EvaluateStep) and execution.processes == 1
     inline = isinstance(step, MergeStep) or execution.launcher == "inline" or alone
-    with folder_lock(run.folder):
-        remove_temporaries(run.folder)
+    with locked(run.folder):
         if step_is_finished(run, step):
             clock.skip(cost(run, step))
             logger.info("%s: finished before", label)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mera_ds.cli.merging import add_merge_arguments, merge_folders
 from mera_ds.errors import InputError, Interrupted, MeraError
-from mera_ds.files import folder_lock, remove_temporaries
+from mera_ds.files import require_unlocked
 
 if TYPE_CHECKING:  # `mera-ds --help` needs no torch, and a merge of two folders not even a plan
     from mera_ds.plan import EvaluateStep
@@ -115,14 +115,20 @@ def _stage_of(run: "Run", modality: str | None) -> str:
     return modality
 
 
+def _refuse_busy(run: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        require_unlocked(run)
+
+
 @contextlib.contextmanager
 def _locked(run: "Run") -> Iterator[None]:
     """Hold the run's lock on the first process of the first node."""
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    with folder_lock(run.folder):
-        remove_temporaries(run.folder)
+    from mera_ds.sequence import locked
+
+    with locked(run.folder):
         yield
 
 
@@ -133,6 +139,7 @@ def train_stage(phases: Sequence[str]) -> int:
     arguments = parse_with_overrides(parser)
 
     def command() -> None:
+        _refuse_busy(arguments.run)
         from mera_ds.distributed import ensure_launcher_variables, process_group
         from mera_ds.log import set_up_console
         from mera_ds.plan import TrainStep
@@ -180,6 +187,7 @@ def merge() -> int:
 
 
 def _merge_in_run(arguments: argparse.Namespace) -> None:
+    _refuse_busy(arguments.run)
     from mera_ds.plan import MergeStep
     from mera_ds.sequence import execute_merge
 
@@ -201,6 +209,7 @@ def score() -> int:
     arguments = parse_with_overrides(parser)
 
     def command() -> None:
+        _refuse_busy(arguments.run)
         from mera_ds.distributed import ensure_launcher_variables, process_group
         from mera_ds.log import set_up_console
         from mera_ds.plan import EvaluateStep

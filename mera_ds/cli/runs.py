@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mera_ds.config import RunConfig, load_profile, resolve_path, save_config
 from mera_ds.doctor import missing_paths
 from mera_ds.errors import InputError, MeraError
+from mera_ds.files import folder_lock, remove_temporaries, require_unlocked
 from mera_ds.log import set_up_console
 from mera_ds.methods import make_plan
 from mera_ds.plan import DataPart, EvaluateStep, MergeStep, Step, TrainStep, save_plan
@@ -42,11 +43,13 @@ def init(arguments: argparse.Namespace) -> None:
     plan = make_plan(config)
     check_kinds(config, config.modalities)
     open_method(config.merge.method, config.merge.options)
-    if config.build is not None:
-        _build_inside(config, folder)
-    copy_plugins(plugins, folder)
-    save_plan(plan, folder / "plan.json")
-    save_config(config, folder / "config.yaml")
+    with folder_lock(folder):
+        remove_temporaries(folder)
+        if config.build is not None:
+            _build_inside(config, folder)
+        copy_plugins(plugins, folder)
+        save_plan(plan, folder / "plan.json")
+        save_config(config, folder / "config.yaml")
     print(f"{folder}: {config.profile}, {plan.method}, {' → '.join(config.order)}")
     print(f"next: mera-ds plan {folder}; mera-ds run {folder}")
 
@@ -129,6 +132,8 @@ def _texts(run: "Run", part: DataPart, tasks: Sequence[str]) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carry out the plans of some runs."""
+    for folder in arguments.runs:
+        require_unlocked(folder)
     from mera_ds.sequence import open_run, run_plans
 
     set_up_console()

@@ -8,6 +8,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from mera_ds.media.errors import Unusable
+from mera_ds.media.lengths import require_whole
 
 MAX_AUDIO_SECONDS = 60
 """What follows is not read."""
@@ -29,6 +30,7 @@ class Audio:
 
 def decode_audio(content: bytes, extension: str) -> Audio:
     """Return up to `MAX_AUDIO_SECONDS` of a sound; the extension isn't used."""
+    require_whole(content)
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             wanted = _wanted_frames(file)

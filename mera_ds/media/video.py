@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mera_ds.media.errors import Unusable
 from mera_ds.media.image import on_white, open_image, pillow_errors, require_image_size
+from mera_ds.media.lengths import require_whole
 
 MAX_CLIP_PIXELS = 128_000_000
 """All frames of a clip together: 384 MB. Of a longer clip, evenly spaced frames are kept."""
@@ -49,6 +50,7 @@ def sample_frames(content: bytes, extension: str, wanted: int | None) -> Frame:
     if extension not in VIDEO_CONTAINERS:
         known = ", ".join((*ANIMATION_EXTENSIONS, *VIDEO_CONTAINERS))
         raise Unusable(f"files of type '{extension}' are not read as video; known: {known}")
+    require_whole(content)
     try:
         return _container_frames(content, VIDEO_CONTAINERS[extension], wanted)
     except (av.FFmpegError, ValueError, IndexError) as error:

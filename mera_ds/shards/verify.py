@@ -14,12 +14,13 @@ into the same tick of the file system's clock."""
 
 
 def has_sha256(path: Path, descriptor: int, sha256: str) -> bool:
-    """Say whether an open tar has this hash; remembered by path, size and time of change.
+    """Say whether an open tar has this hash; remembered by path, size and times of change.
 
     Several processes that ask at once wait for one of them.
     """
     status = os.fstat(descriptor)
-    stamp = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}:{sha256}"
+    times = f"{status.st_mtime_ns}:{status.st_ctime_ns}"
+    stamp = f"{path.resolve()}:{status.st_size}:{times}:{sha256}"
     mark = cache_folder() / "verified" / hashlib.sha256(stamp.encode()).hexdigest()
     if mark.exists():
         return True

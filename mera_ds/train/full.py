@@ -5,7 +5,8 @@ from pathlib import Path
 from mera_ds.config import Dtype, ExecutionConfig
 from mera_ds.distributed import World, main_rank_first
 from mera_ds.files import write_json
-from mera_ds.merge.export import INDEX, carry_over
+from mera_ds.merge.export import carry_over
+from mera_ds.merge.safetensors_io import INDEX
 from mera_ds.model.backbone import DTYPES
 from mera_ds.train.engine import Engine
 from mera_ds.train.shares import shared_folder, size_of, write_shares

@@ -27,6 +27,7 @@ from mera_ds.model.build import memory_gb, seed_everything
 from mera_ds.train.engine import Engine
 from mera_ds.train.saving import Saver
 from mera_ds.train.schedule import learning_rate_factor
+from mera_ds.train.spikes import FACTOR, SpikeWatch
 from mera_ds.train.state import Progress, load_checkpoint
 from mera_ds.train.timing import TimeShares
 from mera_ds.train.watch import Watch
@@ -70,6 +71,7 @@ def train_phase(
     console = _Console(phase.name, progress.step, loader.total_steps)
     saver = Saver(phase.folder, phase.key, execution, world)
     clock = TimeShares()
+    spikes = SpikeWatch()
     with _stop_signal() as stop, saver:
         for step, batches in clock.over(_marked(loader, progress.step, watch)):
             failpoint("train.step")
@@ -89,6 +91,8 @@ def train_phase(
                 _report_nonfinite(loader, step, loss, progress, execution)
             elif not applied:
                 logger.info("step %d: skipped, fp16's loss scale was too high for it", step)
+            if spikes.is_spike(loss):
+                _report_spike(loader, step, loss)
             positions = engine.take_positions()
             figures = {
                 "loss": loss,
@@ -191,6 +195,13 @@ def _report_nonfinite(
             f"execution.max_nonfinite_steps={execution.max_nonfinite_steps}; the last one held "
             f"{samples}. Lower the learning rate, or use backbone.dtype=bf16"
         )
+
+
+def _report_spike(loader: StepLoader, step: int, loss: float) -> None:
+    logger.warning(
+        "step %d: the loss %.4g is more than %g times that of the steps before: %s",
+        *(step, loss, FACTOR, ", ".join(loader.sample_ids(step)[:8])),
+    )
 
 
 class _Console:

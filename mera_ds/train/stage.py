@@ -25,7 +25,13 @@ from mera_ds.data.replay import replay_sample
 from mera_ds.distributed import World, main_rank_first, process_group
 from mera_ds.features import ENCODE_BATCH, open_data
 from mera_ds.files import write_json
-from mera_ds.identity import backbone_folder, base_sha256, product_key, used_plugins
+from mera_ds.identity import (
+    backbone_folder,
+    base_sha256,
+    product_inputs,
+    product_key,
+    used_plugins,
+)
 from mera_ds.log import Metrics, logger
 from mera_ds.manifest import backbone_identity
 from mera_ds.merge.fisher import marginals_from_moments
@@ -38,6 +44,7 @@ from mera_ds.plan import BACKBONE, LORA, DataPart, Plan, TrainStep, connector_se
 from mera_ds.train.contract import check_token_counts
 from mera_ds.train.engine import Engine
 from mera_ds.train.full import write_backbone
+from mera_ds.train.inputs import keep_inputs
 from mera_ds.train.loop import Phase, train_phase
 from mera_ds.train.schedule import peak_rates
 from mera_ds.train.state import remove_checkpoints
@@ -69,6 +76,9 @@ def run_train_step(run: Path, config: RunConfig, plan: Plan, step: TrainStep, wo
                 logger.info("%s is finished", step.name)
             return
         folder = _checkpoint_folder(run, step)
+        with main_rank_first(world) as mine:
+            if mine:
+                keep_inputs(folder, product_inputs(config, run, plan, step))
         with Watch(folder, world, config.execution.timeout_seconds) as watch:
             _train(run, config, step, key, world, watch)
 

@@ -100,10 +100,9 @@ def load_checkpoint(
         InputError: if it was made with other data or settings.
         DataError: if its files are damaged.
     """
-    found = _checkpoints(folder)
-    if not found:
+    newest = newest_checkpoint(folder)
+    if newest is None:
         return None
-    newest = found[-1]
     facts = read_json(newest / STATE)
     if facts["key"] != key:
         raise InputError(
@@ -122,10 +121,22 @@ def load_checkpoint(
     return progress, EngineState(tensors["trainables"], tensors["moments"], facts["scalars"])
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return a phase's newest checkpoint by its number, never by a time."""
+    found = _checkpoints(folder)
+    return found[-1] if found else None
+
+
+def inputs_file(folder: Path) -> Path:
+    """Return where it is kept what a phase was begun with, see `mera_ds.train.inputs`."""
+    return folder.with_name(f"{folder.name}.inputs.json")
+
+
 def remove_checkpoints(folder: Path) -> None:
     """Remove a finished phase's checkpoints, also those whose removal was cut short."""
     for path in folder.glob(PATTERN):
         shutil.rmtree(path)
+    inputs_file(folder).unlink(missing_ok=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
