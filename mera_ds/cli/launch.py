@@ -15,7 +15,7 @@ from mera_ds.cli.merging import add_merge_arguments, merge_folders
 from mera_ds.config import load_profile
 from mera_ds.errors import InputError, Interrupted, MeraError
 from mera_ds.files import folder_lock, remove_temporaries
-from mera_ds.plan import EvaluateStep, MergeStep, TrainStep
+from mera_ds.plan import EvaluateStep, FisherStep, MergeStep, Step, TrainStep
 
 if TYPE_CHECKING:  # it needs torch, and `mera-ds --help` must not
     from mera_ds.sequence import Run
@@ -125,9 +125,7 @@ def train_stage(phases: Sequence[str]) -> int:
         steps = [
             step
             for step in run.plan.of_stage(_stage_of(run, arguments.modality))
-            if isinstance(step, TrainStep)
-            and step.phase in phases
-            and arguments.step in (None, step.name)
+            if _belongs(step, phases) and arguments.step in (None, step.name)
         ]
         if not steps:
             raise InputError(
@@ -139,6 +137,13 @@ def train_stage(phases: Sequence[str]) -> int:
                 execute_step(run, step, world)
 
     return guarded(command)
+
+
+def _belongs(step: Step, phases: Sequence[str]) -> bool:
+    """Return whether a step is carried out by the script for these phases."""
+    if isinstance(step, FisherStep):  # tune needs it
+        return "tune" in phases
+    return isinstance(step, TrainStep) and step.phase in phases
 
 
 def merge() -> int:
