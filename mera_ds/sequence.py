@@ -158,18 +158,21 @@ def _products(run: Path) -> list[Path]:
     return [folder for folder in folders if TEMPORARY not in folder.name]
 
 
-def run_plans(runs: Sequence[Run], until: str | None = None) -> None:
+def run_plans(
+    runs: Sequence[Run], until: str | None = None, share_with: Sequence[Path] = ()
+) -> None:
     """Carry out the plans of some runs one after another, sharing equal products.
 
     Args:
         runs: the runs; a product that one has made is not made again by the others.
         until: stop behind the step of this name (or behind its stage, e.g. `02-video`).
+        share_with: folders of further runs whose products are taken over where they are equal.
 
     Raises:
         MeraError: of the first step that fails; what is finished stays.
     """
     clock = _Clock(sum(cost(run, step) for run in runs for step in _wanted(run, until)))
-    folders = [run.folder for run in runs]
+    folders = list(dict.fromkeys([*(run.folder for run in runs), *share_with]))
     world = ensure_launcher_variables()
     # One process group for all steps in this process: DeepSpeed can't follow it into another.
     with process_group(world, max(run.config.execution.timeout_seconds for run in runs)):

@@ -33,17 +33,28 @@ def init(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: if the folder is a run already, or a setting is wrong.
     """
-    from mera_ds.merge.methods import open_method
-    from mera_ds.modality import check_kinds
-
-    folder: Path = arguments.run
-    if (folder / "config.yaml").exists():
-        raise InputError(f"{folder} is a run already; choose another name or delete it")
     overrides = list(arguments.overrides)
     if arguments.method is not None:
         overrides.append(f"method={arguments.method}")
-    config = load_profile(arguments.profile, overrides)
-    profile = Path(arguments.profile)
+    folder: Path = arguments.run
+    config = make_run(folder, arguments.profile, overrides)
+    print(f"{folder}: {config.profile}, {config.method}, {' → '.join(config.order)}")
+    print(f"next: mera-ds plan {folder}; mera-ds run {folder}")
+
+
+def make_run(folder: Path, name: str, overrides: Sequence[str]) -> RunConfig:
+    """Make a run from a profile, by name or path; return its configuration.
+
+    Raises:
+        InputError: if the folder is a run already, or a setting is wrong.
+    """
+    from mera_ds.merge.methods import open_method
+    from mera_ds.modality import check_kinds
+
+    if (folder / "config.yaml").exists():
+        raise InputError(f"{folder} is a run already; choose another name or delete it")
+    config = load_profile(name, overrides)
+    profile = Path(name)
     base = profile.parent if profile.suffix in (".yaml", ".yml") else Path()
     plugins = find_plugins(config.plugins, base, folder)
     config = dataclasses.replace(config, plugins=keep_plugins(plugins, folder))
@@ -55,8 +66,7 @@ def init(arguments: argparse.Namespace) -> None:
     copy_plugins(plugins, folder)
     save_plan(plan, folder / "plan.json")
     save_config(config, folder / "config.yaml")
-    print(f"{folder}: {config.profile}, {plan.method}, {' → '.join(config.order)}")
-    print(f"next: mera-ds plan {folder}; mera-ds run {folder}")
+    return config
 
 
 def add(arguments: argparse.Namespace) -> None:
