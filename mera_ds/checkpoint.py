@@ -41,7 +41,7 @@ from mera_ds.files import (
 from mera_ds.manifest import MANIFEST as MANIFEST
 from mera_ds.manifest import SCHEMA as SCHEMA
 from mera_ds.manifest import DeltaEntry as DeltaEntry
-from mera_ds.manifest import Factors, backbone_identity, keep_parents
+from mera_ds.manifest import Factors, backbone_identity, keep_parents, manifest_facts
 from mera_ds.manifest import FileEntry as FileEntry
 from mera_ds.manifest import Manifest as Manifest
 from mera_ds.manifest import check_lineage as check_lineage
@@ -131,7 +131,7 @@ def write_product(
             weave=_save_part(folder, "weave", weave) or kept_weave,
             importance=_save_part(folder, "importance", importance),
         )
-        write_json(folder / MANIFEST, dataclasses.asdict(manifest))
+        write_json(folder / MANIFEST, manifest_facts(manifest))
     return manifest
 
 

@@ -119,6 +119,13 @@ def backbone_identity(base_sha256: str, lineage: Iterable[DeltaEntry]) -> str:
     return sha256_json([base_sha256, [entry.term for entry in lineage]])
 
 
+def manifest_facts(manifest: Manifest) -> dict[str, Any]:
+    """Return what `manifest.json` says: what only few products have is left out of the others."""
+    facts = dataclasses.asdict(manifest)
+    rare = ("weave", "importance")
+    return {name: value for name, value in facts.items() if name not in rare or value is not None}
+
+
 def read_manifest(product: Path) -> Manifest:
     """Read a product's manifest strictly.
 
