@@ -7,6 +7,7 @@ A product is a folder that says all of a model but its frozen weights:
     deltas/<stage>-<modality>.safetensors
     fisher/<stage>-<modality>.safetensors
     backbone/                      an HF folder, only if the whole backbone was tuned
+    weave.safetensors              only PathWeave: see `mera_ds.model.weave`
 
 The backbone of a product is  θ = θ_base + Σ c_i · s_i · B_i A_i  over its lineage, with the full
 backbone, if there is one, in the place of θ_base. Finished files
@@ -18,7 +19,7 @@ import dataclasses
 import os
 import platform
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -44,7 +45,7 @@ from mera_ds.files import (
 from mera_ds.manifest import MANIFEST as MANIFEST
 from mera_ds.manifest import SCHEMA as SCHEMA
 from mera_ds.manifest import DeltaEntry as DeltaEntry
-from mera_ds.manifest import Factors, backbone_identity, keep_parents
+from mera_ds.manifest import Factors, backbone_identity, keep_parents, manifest_facts
 from mera_ds.manifest import FileEntry as FileEntry
 from mera_ds.manifest import FullBackbone as FullBackbone
 from mera_ds.manifest import FullStage as FullStage
@@ -93,6 +94,8 @@ def write_product(
     replaced: Mapping[int, Mapping[str, Tensor]] | None = None,
     delta: NewDelta | None = None,
     backbone: NewBackbone | None = None,
+    weave: Mapping[str, Tensor] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write a product atomically: what `previous` has, changed by what is given.
@@ -109,6 +112,8 @@ def write_product(
         replaced: by stage, factors that count instead of those that were trained (merge).
         delta: appended to the lineage with coefficient 1.
         backbone: full weights in the place of the previous ones.
+        weave: new in-adapters and gates (PathWeave).
+        importance: Fisher information of LoRA factors (EWC).
         provenance: what else to record.
 
     Raises:
@@ -119,14 +124,13 @@ def write_product(
     kept = dict(before.connectors) if before else {}
     kept = {name: entry for name, entry in kept.items() if name not in {*connectors, *without}}
     entries = list(lineage if lineage is not None else before.lineage if before else ())
-    new = [*connectors.values(), *replaced.values(), *([delta.tensors] if delta else [])]
-    size = sum(
-        tensor.numel() * tensor.element_size() for tensors in new for tensor in tensors.values()
-    )
-    require_space(product.parent, size + 1_000_000)
+    new = [*connectors.values(), *replaced.values(), weave or {}, importance or {}]
+    _require_space(product, [*new, *([delta.tensors] if delta else [])])
+    kept_weave = before.weave if before and weave is None else None
     with committed_folder(product) as folder:
         full = before.backbone if before and backbone is None else None
-        files = [entry.file for entry in (*kept.values(), *(full.files if full else ()))]
+        files = [entry.file for entry in (*kept.values(), *([kept_weave] if kept_weave else []))]
+        files += [entry.file for entry in (full.files if full else ())]
         for file in [*files, *(file for entry in entries for file in entry.files)]:
             link_or_copy(_of(previous) / file, folder / file)
         if backbone is not None:
@@ -150,8 +154,10 @@ def write_product(
             connectors=dict(sorted(kept.items())),
             provenance={**(provenance or {}), "software": software_versions()},
             backbone=full,
+            weave=_save_part(folder, "weave", weave) or kept_weave,
+            importance=_save_part(folder, "importance", importance),
         )
-        write_json(folder / MANIFEST, dataclasses.asdict(manifest))
+        write_json(folder / MANIFEST, manifest_facts(manifest))
     return manifest
 
 
@@ -162,6 +168,20 @@ def _link_backbone(product: Path, new: NewBackbone) -> FullBackbone:
         link_or_copy(path, product / file)
         entries.append(FileEntry(file=file, sha256=sha256_file(product / file)))
     return FullBackbone(files=tuple(entries), stages=new.stages)
+
+
+def _require_space(product: Path, new: Iterable[Mapping[str, Tensor]]) -> None:
+    size = sum(
+        tensor.numel() * tensor.element_size() for tensors in new for tensor in tensors.values()
+    )
+    require_space(product.parent, size + 1_000_000)
+
+
+def _save_part(folder: Path, name: str, tensors: Mapping[str, Tensor] | None) -> FileEntry | None:
+    if tensors is None:
+        return None
+    file = f"{name}.safetensors"
+    return FileEntry(file=file, sha256=save_tensors(folder / file, tensors))
 
 
 def _of(previous: Path | None) -> Path:
@@ -303,6 +323,11 @@ def load_connector(product: Path, manifest: Manifest, modality: str) -> dict[str
 
 def load_delta(product: Path, entry: DeltaEntry) -> dict[str, Tensor]:
     """Read the LoRA factors of one lineage entry."""
+    return load_tensors(product / entry.file, entry.sha256)
+
+
+def load_part(product: Path, entry: FileEntry) -> dict[str, Tensor]:
+    """Read a file of a product, such as `manifest.weave`."""
     return load_tensors(product / entry.file, entry.sha256)
 
 

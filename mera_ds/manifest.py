@@ -121,11 +121,16 @@ class Manifest:
     provenance: Mapping[str, Any]
     backbone: FullBackbone | None = None
     """What stands in the place of the base."""
+    weave: FileEntry | None = None
+    """What gates the deltas, if they are woven (see `mera_ds.model.weave`) and not added up."""
+    importance: FileEntry | None = None
+    """Fisher information of LoRA factors: the product of a `FisherStep`, which is no model."""
 
     @property
     def backbone_sha256(self) -> str:
         """Identity of the backbone: base or full weights, and each delta with its coefficient."""
-        return backbone_identity(self.base_sha256, self.lineage, self.backbone)
+        plain = backbone_identity(self.base_sha256, self.lineage, self.backbone)
+        return plain if self.weave is None else sha256_json([plain, self.weave.sha256])
 
     @property
     def model_sha256(self) -> str:
@@ -159,6 +164,13 @@ def require_deltas(product: Path, manifest: Manifest) -> None:
         )
 
 
+def manifest_facts(manifest: Manifest) -> dict[str, Any]:
+    """Return what `manifest.json` says: what only few products have is left out of the others."""
+    facts = dataclasses.asdict(manifest)
+    rare = ("backbone", "weave", "importance")
+    return {name: value for name, value in facts.items() if name not in rare or value is not None}
+
+
 def read_manifest(product: Path) -> Manifest:
     """Read a product's manifest strictly.
 
@@ -190,6 +202,19 @@ def is_finished(product: Path, key: str) -> bool:
             "restore them, delete that folder to make it again, or make a new run"
         )
     return True
+
+
+def require_foldable(product: Path, manifest: Manifest) -> None:
+    """Refuse a product whose backbone is not the base plus a sum of deltas.
+
+    Raises:
+        InputError: if its adapters are woven.
+    """
+    if manifest.weave is not None:
+        raise InputError(
+            f"{product}: its adapters are gated token by token (method pathweave), so they can't "
+            "be merged, re-weighted or written as one backbone; take a model of another method"
+        )
 
 
 def check_lineage(product: Path, manifest: Manifest, base_sha256: str) -> None:

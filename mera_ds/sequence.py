@@ -22,7 +22,7 @@ from mera_ds.identity import backbone_folder, base_sha256, product_key
 from mera_ds.log import format_duration, logger
 from mera_ds.manifest import Manifest, backbone_identity
 from mera_ds.mergeconfig import CMA
-from mera_ds.plan import EvaluateStep, MergeStep, Plan, Step, TrainStep, load_plan
+from mera_ds.plan import EvaluateStep, FisherStep, MergeStep, Plan, Step, TrainStep, load_plan
 from mera_ds.registry import load_plugins
 
 EXIT_INTERRUPTED = Interrupted.exit_code
@@ -87,6 +87,10 @@ def execute_step(run: Run, step: Step, world: World) -> None:
         from mera_ds.train.stage import run_train_step
 
         run_train_step(run.folder, run.config, run.plan, step, world)
+    elif isinstance(step, FisherStep):
+        from mera_ds.train.importance import run_fisher_step
+
+        run_fisher_step(run.folder, run.config, run.plan, step, world)
     elif isinstance(step, MergeStep):
         execute_merge(run, step)
     else:
@@ -197,18 +201,21 @@ def _products(run: Path) -> list[Path]:
     return [folder for folder in folders if TEMPORARY not in folder.name]
 
 
-def run_plans(runs: Sequence[Run], until: str | None = None) -> None:
+def run_plans(
+    runs: Sequence[Run], until: str | None = None, share_with: Sequence[Path] = ()
+) -> None:
     """Carry out the plans of some runs one after another, sharing equal products.
 
     Args:
         runs: the runs; a product that one has made is not made again by the others.
         until: stop behind the step of this name (or behind its stage, e.g. `02-video`).
+        share_with: folders of further runs whose products are taken over where they are equal.
 
     Raises:
         MeraError: of the first step that fails; what is finished stays.
     """
     clock = _Clock(sum(cost(run, step) for run in runs for step in _wanted(run, until)))
-    folders = [run.folder for run in runs]
+    folders = list(dict.fromkeys([*(run.folder for run in runs), *share_with]))
     world = ensure_launcher_variables()
     # One process group for all steps in this process: DeepSpeed can't follow it into another.
     with process_group(world, max(run.config.execution.timeout_seconds for run in runs)):
@@ -316,7 +323,7 @@ def _launcher_command(launcher: str, processes: int) -> list[str]:
 
 def cost(run: Run, step: Step) -> float:
     """Return a step's share of the work, in backbone passes over samples; sets the time left."""
-    if isinstance(step, MergeStep):
+    if isinstance(step, MergeStep | FisherStep):
         return 0.0
     if isinstance(step, EvaluateStep):
         return 300.0 * len(step.modalities)

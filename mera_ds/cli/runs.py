@@ -13,7 +13,15 @@ from mera_ds.errors import InputError, MeraError
 from mera_ds.files import folder_lock, remove_temporaries, require_unlocked
 from mera_ds.log import set_up_console
 from mera_ds.methods import make_plan
-from mera_ds.plan import DataPart, EvaluateStep, MergeStep, Step, TrainStep, save_plan
+from mera_ds.plan import (
+    DataPart,
+    EvaluateStep,
+    FisherStep,
+    MergeStep,
+    Step,
+    TrainStep,
+    save_plan,
+)
 from mera_ds.registry import copy_plugins, find_plugins, keep_plugins
 
 if TYPE_CHECKING:  # it needs torch
@@ -26,17 +34,28 @@ def init(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: if the folder is a run already, or a setting is wrong.
     """
-    from mera_ds.merge.methods import open_method
-    from mera_ds.modality import check_kinds
-
-    folder: Path = arguments.run
-    if (folder / "config.yaml").exists():
-        raise InputError(f"{folder} is a run already; choose another name or delete it")
     overrides = list(arguments.overrides)
     if arguments.method is not None:
         overrides.append(f"method={arguments.method}")
-    config = load_profile(arguments.profile, overrides)
-    profile = Path(arguments.profile)
+    folder: Path = arguments.run
+    config = make_run(folder, arguments.profile, overrides)
+    print(f"{folder}: {config.profile}, {config.method}, {' → '.join(config.order)}")
+    print(f"next: mera-ds plan {folder}; mera-ds run {folder}")
+
+
+def make_run(folder: Path, name: str, overrides: Sequence[str]) -> RunConfig:
+    """Make a run from a profile, by name or path; return its configuration.
+
+    Raises:
+        InputError: if the folder is a run already, or a setting is wrong.
+    """
+    from mera_ds.merge.methods import open_method
+    from mera_ds.modality import check_kinds
+
+    if (folder / "config.yaml").exists():
+        raise InputError(f"{folder} is a run already; choose another name or delete it")
+    config = load_profile(name, overrides)
+    profile = Path(name)
     base = profile.parent if profile.suffix in (".yaml", ".yml") else Path()
     plugins = find_plugins(config.plugins, base, folder)
     config = dataclasses.replace(config, plugins=keep_plugins(plugins, folder))
@@ -50,8 +69,7 @@ def init(arguments: argparse.Namespace) -> None:
         copy_plugins(plugins, folder)
         save_plan(plan, folder / "plan.json")
         save_config(config, folder / "config.yaml")
-    print(f"{folder}: {config.profile}, {plan.method}, {' → '.join(config.order)}")
-    print(f"next: mera-ds plan {folder}; mera-ds run {folder}")
+    return config
 
 
 def add(arguments: argparse.Namespace) -> None:
@@ -95,16 +113,26 @@ def _describe(run: "Run", step: Step) -> str:
         return f"{what}  from {start}"
     if isinstance(step, EvaluateStep):
         return f"generate and score on {', '.join(step.modalities)}  with {start}"
+    if isinstance(step, FisherStep):
+        return f"measure the Fisher information on {_shares(step.data)}  with {start}"
     return f"{_describe_training(run, step)}  from {start}"
+
+
+def _shares(data: Sequence[DataPart]) -> str:
+    return ", ".join(
+        part.modality if part.percent == 100 else f"{part.percent:g} % of {part.modality}"
+        for part in data
+    )
 
 
 def _describe_training(run: "Run", step: TrainStep) -> str:
     settings = run.config.phase(step.phase)
-    shares = ", ".join(
-        part.modality if part.percent == 100 else f"{part.percent:g} % of {part.modality}"
-        for part in step.data
-    )
-    what = f"train {', '.join(step.trainable)} on {'+'.join(settings.tasks)} of {shares}"
+    sets = ", ".join(step.trainable)
+    what = f"train {sets} on {'+'.join(settings.tasks)} of {_shares(step.data)}"
+    if step.adapter != "new":
+        what += f", adapter {step.adapter}"
+    if step.penalty is not None:
+        what += f", held by {step.penalty.strength:g} × importance"
     try:
         texts = sum(_texts(run, part, settings.tasks) for part in step.data)
     except InputError:  # the shards aren't there yet
