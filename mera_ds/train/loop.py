@@ -101,9 +101,9 @@ def train_phase(
                 break
             if due:
                 with clock.spent_on("save_wait"):
-                    saver.save(engine.state, progress)
+                    _save(engine, saver, progress)
         if _agree((), stop, saver)[1]:
-            saver.save(engine.state, progress)
+            _save(engine, saver, progress)
             saver.finish()
             raise Interrupted(
                 f"{phase.name}: stopped at step {progress.step} of {loader.total_steps}, saved; "
@@ -119,6 +119,10 @@ def _resume(engine: Engine, phase: Phase) -> Progress:
     progress, state = found
     engine.load_state(state)
     return progress
+
+
+def _save(engine: Engine, saver: Saver, progress: Progress) -> None:
+    saver.save(engine.state, progress)
 
 
 def _agree(batches: Sequence[Batch], stop: list[bool], saver: Saver) -> tuple[int, bool, bool]:
