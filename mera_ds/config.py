@@ -119,6 +119,8 @@ class PhaseConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
     """Gradient clipping by global norm; 0 switches it off."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit`: moments of 8 bit (bitsandbytes), 2 instead of 8 bytes per trained number."""
 
 
 @dataclass(frozen=True, kw_only=True)
