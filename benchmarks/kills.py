@@ -37,7 +37,7 @@ import mera_ds.merge.state_dicts
 import mera_ds.recipes.tiny
 import mera_ds.train.stage
 from mera_ds.cli import launch
-from mera_ds.train.engine import prepare_environment
+from mera_ds.train.setup import prepare_environment
 
 PATIENCE_SECONDS = 300.0
 """A command that takes longer hangs."""

@@ -132,6 +132,8 @@ class PhaseConfig:
     texts_together: int = 1
     """How many texts of a medium stand together in the order of samples, which then are not drawn
     independently; for `execution.shared_prefix`."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit`: moments of 8 bit (bitsandbytes), 2 instead of 8 bytes per trained number."""
 
 
 @dataclass(frozen=True, kw_only=True)

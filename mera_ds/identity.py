@@ -157,10 +157,12 @@ def _data_facts(config: RunConfig, run: Path, data: Sequence[DataPart]) -> dict[
 
 
 def _phase_facts(phase: PhaseConfig) -> dict[str, Any]:
-    """Return a phase's settings; one that came later is left out where it changes nothing."""
+    """Return a phase's settings; those that came later are left out where they change nothing."""
     facts = dump(phase)
     if phase.texts_together == 1:
         del facts["texts_together"]
+    if phase.optimizer == "adamw":
+        del facts["optimizer"]
     return facts
 
 

@@ -13,6 +13,7 @@ from mera_ds.config import BackboneConfig
 from mera_ds.deltas import weighted_deltas
 from mera_ds.errors import InputError
 from mera_ds.log import logger
+from mera_ds.model.embedding import keep_embedding_on_host
 from mera_ds.model.lora import fold_deltas
 from mera_ds.model.recompute import set_recomputation
 
@@ -53,6 +54,8 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
     # Its own sampling settings and penalties would change what greedy decoding says.
     llm.generation_config = GenerationConfig(eos_token_id=sorted(generation_ends(llm)) or None)
     set_recomputation(llm, config.gradient_checkpointing)
+    if config.embedding_device == "cpu":
+        keep_embedding_on_host(llm)
     logger.info(
         *("backbone %s (%s) in %s, attention %s (%s)", folder.name, type(llm).__name__),
         *(config.dtype, attention, reason),

@@ -1,4 +1,4 @@
-"""The one file that knows DeepSpeed.
+"""The engine: the one place, with `setup`, that knows DeepSpeed.
 
 What is arranged here, and why:
 
@@ -15,23 +15,23 @@ What is arranged here, and why:
 """
 
 import math
-import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mera_ds.batch import Batch
-from mera_ds.config import REPOSITORY, Dtype, ExecutionConfig, PhaseConfig
+from mera_ds.config import Dtype, ExecutionConfig, PhaseConfig
 from mera_ds.distributed import World
 from mera_ds.errors import InputError, NumericError
-from mera_ds.files import read_json
 from mera_ds.model.mllm import MultimodalLM, Positions
 from mera_ds.plan import BACKBONE
+from mera_ds.train import eightbit
 from mera_ds.train.penalty import IMPORTANCE, HeldFactors, add_penalty_gradient, kept_as
+from mera_ds.train.setup import initialize
 from mera_ds.train.shares import SharedTensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -67,9 +67,15 @@ class Engine:
                 "use execution.zero=1, which costs nothing on one process"
             )
         self._model = model
+        if held is not None and phase.optimizer != "adamw":
+            raise InputError(
+                f"tune.optimizer={phase.optimizer} has no place beside its moments for the "
+                "importance that method=ewc holds the weights by; use tune.optimizer=adamw"
+            )
         self._world = world
         self._zero = execution.zero
         self._dtype = dtype
+        self._eight_bit = phase.optimizer == "adamw8bit"
         self._named = {
             f"{group}/{name}": parameter
             for group, entry in sets.items()
@@ -81,7 +87,7 @@ class Engine:
             for name, entry in self._named.items()
             if dtype != "fp32" and entry.dtype == torch.float32
         }
-        self._engine = _initialize(model, sets, phase, execution, dtype)
+        self._engine = initialize(model, sets, phase, execution, dtype)
         self._held = held
         self._groups = list(sets)
         self._create_moments()
@@ -115,6 +121,9 @@ class Engine:
         DeepSpeed links it in the first step of the first parameter group, when the others have
         none yet, so the moments of all later groups could never be read.
         """
+        if self._eight_bit:
+            eightbit.create_moments(self._optimizer, self._masters())
+            return
         for master in self._masters():
             self._optimizer.state[master] = {
                 "step": torch.tensor(0.0),
@@ -124,8 +133,28 @@ class Engine:
             for master in self._masters_of(self._held.group):
                 for key, kept in kept_as(self._dtype).items():
                     self._optimizer.state[master][key] = torch.zeros_like(master, dtype=kept)
+        self._link_moments()
+
+    def _link_moments(self) -> None:
         if self._zero in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    @contextmanager
+    def _full_moments(self, *, changing: bool = False) -> Iterator[None]:
+        """While the block reads or changes moments of 8 bit, let them be fp32 tensors as usual."""
+        states = [self._optimizer.state[entry] for entry in self._masters()]
+        if self._eight_bit:
+            for entry in states:
+                entry.update(eightbit.unpack(entry))
+            self._link_moments()
+        yield
+        if self._eight_bit:
+            for entry in states:
+                moments = {key: entry.pop(key) for key in MOMENTS}
+                if changing:
+                    eightbit.pack(entry, moments)
+            self._link_moments()
 
     def backward(self, batch: Batch, global_tokens: int, last: bool) -> Tensor:
         """Add one micro-batch's gradient; return its share of the global mean loss, in fp64.
@@ -220,10 +249,11 @@ class Engine:
     def state(self) -> EngineState:
         """Return the full state; every rank must call it."""
         parameters, moments = {}, {}
-        for name, parameter in self._named.items():
-            parameters[name] = self._full(parameter, None)
-            for key in MOMENTS:
-                moments[f"{name}.{key}"] = self._full(parameter, key)
+        with self._full_moments():
+            for name, parameter in self._named.items():
+                parameters[name] = self._full(parameter, None)
+                for key in MOMENTS:
+                    moments[f"{name}.{key}"] = self._full(parameter, key)
         return EngineState(parameters, moments, self.scalars())
 
     def scalars(self) -> dict[str, float]:
@@ -253,13 +283,15 @@ class Engine:
             if name.startswith(prefix)
         ]
 
-    def shared_state(self) -> list[SharedTensor]:
-        """Return the tensors of `state`, parameters and moments, to be gathered one by one."""
+    @contextmanager
+    def shared_state(self) -> Iterator[list[SharedTensor]]:
+        """Give the block the tensors of `state`, to be gathered one by one."""
         entries = [(name, key) for name in self._named for key in (None, *MOMENTS)]
-        return [
-            self._shared(name, key, name if key is None else f"{name}.{key}")
-            for name, key in entries
-        ]
+        with self._full_moments():
+            yield [
+                self._shared(name, key, name if key is None else f"{name}.{key}")
+                for name, key in entries
+            ]
 
     def _shared(self, name: str, key: str | None, title: str) -> SharedTensor:
         parameter = self._named[name]
@@ -269,11 +301,12 @@ class Engine:
         """Return Adam's second moments of one set, without their bias to 0; all ranks call it."""
         steps = float(self._optimizer.state[self._masters()[0]]["step"])
         bias = 1 - self._optimizer.param_groups[0]["betas"][1] ** max(1.0, steps)
-        return {
-            name.removeprefix(f"{group}/"): self._full(entry, "exp_avg_sq") / bias
-            for name, entry in self._named.items()
-            if name.startswith(f"{group}/")
-        }
+        with self._full_moments():
+            return {
+                name.removeprefix(f"{group}/"): self._full(entry, "exp_avg_sq") / bias
+                for name, entry in self._named.items()
+                if name.startswith(f"{group}/")
+            }
 
     def _full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         return self._gathered(parameter, key).float().cpu().clone()
@@ -291,12 +324,15 @@ class Engine:
 
     def load_state(self, state: EngineState) -> None:
         """Take over a state, on whatever number of ranks it was saved."""
+        steps = state.scalars["adam_step"]
         for master in self._masters():
-            self._optimizer.state[master]["step"].fill_(state.scalars["adam_step"])
-        for name, parameter in self._named.items():
-            self._set_full(parameter, None, state.parameters[name])
-            for key in MOMENTS:
-                self._set_full(parameter, key, state.moments[f"{name}.{key}"])
+            step = int(steps) if self._eight_bit else torch.tensor(steps)
+            self._optimizer.state[master]["step"] = step
+        with self._full_moments(changing=True):
+            for name, parameter in self._named.items():
+                self._set_full(parameter, None, state.parameters[name])
+                for key in MOMENTS:
+                    self._set_full(parameter, key, state.moments[f"{name}.{key}"])
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         for name, value in state.scalars.items():
             if name.startswith("scaler_"):
@@ -349,71 +385,3 @@ class Engine:
     def close(self) -> None:
         """Release what DeepSpeed holds, so that another engine can follow in this process."""
         self._engine.destroy()
-
-
-def _initialize(
-    model: MultimodalLM,
-    sets: Mapping[str, Mapping[str, nn.Parameter]],
-    phase: PhaseConfig,
-    execution: ExecutionConfig,
-    dtype: Dtype,
-) -> Any:
-    prepare_environment()
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    if dtype == "fp16" and not get_accelerator().is_fp16_supported():
-        raise InputError(
-            "backbone.dtype=fp16 can't be trained on this machine's processor; use bf16 or fp32"
-        )
-    # The rates are set at every step.
-    groups = [{"params": list(entry.values()), "name": name} for name, entry in sets.items()]
-    optimizer = torch.optim.AdamW(
-        groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=phase.weight_decay
-    )
-    engine, _, _, _ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=engine_config(execution, dtype, phase.max_grad_norm),
-        dist_init_required=False,
-    )
-    return engine
-
-
-def engine_config(execution: ExecutionConfig, dtype: Dtype, clip: float) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: the JSON file plus what only the run knows.
-
-    Raises:
-        InputError: if the file sets what the run's configuration decides.
-    """
-    path = Path(execution.ds_config or REPOSITORY / "ds_configs" / f"zero{execution.zero}.json")
-    settings = read_json(path)
-    ours = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        "fp16": {"enabled": dtype == "fp16", "loss_scale": 0, "initial_scale_power": 16},
-        "bf16": {"enabled": dtype == "bf16"},
-    }
-    conflicts = sorted(ours.keys() & settings.keys())
-    if conflicts:
-        raise InputError(f"{path} sets '{conflicts[0]}', which the run's configuration decides")
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage != execution.zero:
-        raise InputError(f"{path} is for ZeRO {stage}, but execution.zero is {execution.zero}")
-    return {**settings, **ours}
-
-
-def prepare_environment() -> None:
-    """Keep DeepSpeed from compiling on a CPU and from printing on import."""
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    if torch.cuda.is_available():
-        return
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed.ops
-
-    # Given before DeepSpeed asks: finding it out would run a compiler.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}

@@ -52,14 +52,15 @@ def save_shared_checkpoint(
     Raises:
         ResourceError: if the disk is full; earlier checkpoints stay.
     """
-    tensors = engine.shared_state()
-    with shared_folder(step_folder(folder, progress), size_of(tensors, "fp32"), world) as target:
-        files = write_shares(target, "state", tensors, "fp32", world)
-        scalars = engine.scalars()
-        with main_rank_first(world) as mine:
-            if mine:
-                shares = {file: sha256 for file, (sha256, _) in files.items()}
-                facts = state_facts(key, progress, scalars)
-                write_json(target / STATE, {**facts, "shares": shares})
+    with engine.shared_state() as tensors:
+        size = size_of(tensors, "fp32")
+        with shared_folder(step_folder(folder, progress), size, world) as target:
+            files = write_shares(target, "state", tensors, "fp32", world)
+            scalars = engine.scalars()
+            with main_rank_first(world) as mine:
+                if mine:
+                    shares = {file: sha256 for file, (sha256, _) in files.items()}
+                    facts = state_facts(key, progress, scalars)
+                    write_json(target / STATE, {**facts, "shares": shares})
     if world.is_main:
         remove_outdated(folder, execution.keep_checkpoints, execution.keep_every)

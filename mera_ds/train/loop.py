@@ -65,8 +65,8 @@ def train_phase(
         RankError: before the first step, if the ranks would take different steps.
     """
     if world.size > 1:
-        order = (loader.total_steps, loader.order_hash())
-        require_equal(order, "number of steps and order of data")
+        facts = (phase.key, loader.total_steps, loader.order_hash())
+        require_equal(facts, "data and settings, number of steps or order of the data")
     progress = _resume(engine, phase, world)
     console = _Console(phase.name, progress.step, loader.total_steps)
     saver = Saver(phase.folder, phase.key, execution, world)

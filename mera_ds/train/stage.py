@@ -21,6 +21,7 @@ from mera_ds.checkpoint import (
     write_product,
 )
 from mera_ds.config import PhaseConfig, RunConfig
+from mera_ds.data.dataset import UnitRef
 from mera_ds.data.loader import LoaderSettings, MixturePart, StepLoader
 from mera_ds.distributed import World, main_rank_first, process_group
 from mera_ds.features import ENCODE_BATCH
@@ -151,8 +152,12 @@ def fit_connector(model: MultimodalLM, part: MixturePart, modality: str) -> None
     assert isinstance(connector, Connector)
     if not connector.fits_data:
         return
-    media = {(unit.reader, unit.medium): unit for unit in part.units}
-    units = list(media.values())[:FIT_MEDIA]
+    media: dict[tuple[int, int], UnitRef] = {}
+    for unit in part.units:
+        media.setdefault((unit.reader, unit.medium), unit)
+        if len(media) == FIT_MEDIA:
+            break
+    units = list(media.values())
     rows: list[Tensor] = []
     for start in range(0, len(units), ENCODE_BATCH):
         samples = [part.reader.read(unit) for unit in units[start : start + ENCODE_BATCH]]

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: same loss and gradients, less that is kept, some things done twice."""
+"""Gradient checkpointing: the same loss and gradients, less that is kept, little done twice."""
 
 from typing import Any
 

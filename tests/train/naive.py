@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mera_ds.distributed import process_group
-from mera_ds.train.engine import prepare_environment
+from mera_ds.train.setup import prepare_environment
 
 from .problem import prepare
 

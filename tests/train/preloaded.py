@@ -2,7 +2,7 @@
 
 import importlib
 
-from mera_ds.train.engine import prepare_environment
+from mera_ds.train.setup import prepare_environment
 
 MODULES = (
     "mera_ds.cli.launch",
