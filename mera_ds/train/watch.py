@@ -224,7 +224,7 @@ class Watch:
         return found
 
     def _accuse(self) -> None:
-        """End, naming the ranks that show no sign of life or kept the others waiting, if any did."""
+        """End if some ranks show no sign of life or kept the others waiting, and name them."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # of a launcher that has seen the same
         self._left.set()
