@@ -8,6 +8,7 @@ its node may not know that the others are gone. Run as a script, with the standa
 RANK's process is our parent. It writes to our standard input every second; we end when it does.
 """
 
+import json
 import os
 import select
 import signal
@@ -30,13 +31,15 @@ def main(rank: str, seconds: float, file: str) -> None:
         if ready and not os.read(sys.stdin.fileno(), 4096):
             return
     try:
-        place = Path(file).read_text(encoding="utf-8")
-    except OSError:
-        place = "unknown"
+        place = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        place = {}
+    where = f"{place.get('work')} at step {place.get('step')}"
+    samples = ", ".join(place.get("samples", ()))
     os.kill(parent, signal.SIGKILL)
     sys.stderr.write(
-        f"error: rank {rank} did not answer for {seconds:g} s and was killed: {place}; run the "
-        "same command to continue\n"
+        f"error: rank {rank} did not answer for {seconds:g} s and was killed: {where} with "
+        f"{samples}. Run the same command to continue\n"
     )
 
 

@@ -160,11 +160,13 @@ def _sum_over_ranks(value: Tensor) -> float:
 
 
 def _marked(loader: StepLoader, start: int, watch: Watch) -> Iterator[tuple[int, Sequence[Batch]]]:
-    """Yield the steps of a loader, and mark that they are read."""
+    """Yield the steps of a loader, marking when they are read and when they have been."""
     steps = loader.batches(start)
     for step in range(start, loader.total_steps):
         watch.mark(step, "reading", loader.sample_ids(step))
-        yield next(steps)
+        found = next(steps)
+        watch.mark(step, "waiting for the others")
+        yield found
 
 
 def _accumulate(

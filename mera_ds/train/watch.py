@@ -196,9 +196,12 @@ class Watch:
         if silent:
             self._end(self._described(silent, f"has not answered for {self._seconds:g} s"))
         if self._place.step is not None and now - self._got_on > self._seconds:
-            marks = {rank: place.marks for rank, place in self._places().items()}
-            behind = [rank for rank, count in marks.items() if count == min(marks.values())]
-            self._end(self._described(behind, f"has not got on for {self._seconds:g} s"))
+            self._end_for_those_behind()
+
+    def _end_for_those_behind(self) -> NoReturn:
+        marks = {rank: place.marks for rank, place in self._places().items()}
+        behind = [rank for rank, count in marks.items() if count == min(marks.values())]
+        self._end(self._described(behind, f"has not got on for {self._seconds:g} s"))
 
     def _last_signs(self, now: float) -> dict[int, float]:
         """Return when the sign of life of each other rank was last seen to change.
@@ -221,12 +224,13 @@ class Watch:
         return found
 
     def _accuse(self) -> None:
-        """End, naming the ranks that show no sign of life, if there are any."""
+        """End if some ranks show no sign of life or kept the others waiting, and name them."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # of a launcher that has seen the same
         self._left.set()
         self._thread.join()
         begin = time.monotonic()
+        timed_out = begin - self._got_on > 0.9 * self._seconds
         self._last_signs(begin)
         while time.monotonic() - begin < _ACCUSE_SECONDS:
             time.sleep(BEAT_SECONDS / 4)
@@ -235,6 +239,8 @@ class Watch:
         silent = [rank for rank, since in signs.items() if since <= begin]
         if silent:
             self._end(self._described(silent, "died or was stopped"))
+        if timed_out and self._place.step is not None:
+            self._end_for_those_behind()
 
     def _places(self) -> dict[int, Place]:
         found = {}

@@ -54,8 +54,11 @@ class TestLaunchedSteps:
         assert read_manifest(long / "stages/01-image/aligned").step == "01-image/align"
         assert saved(long) == []
 
-    def test_ranks_that_live_longer_keep_the_run(self, long: Path) -> None:
-        """Killed with torchrun, the command leaves the ranks, which have sessions of their own."""
+    def test_ranks_that_live_longer_keep_the_run_and_save(self, long: Path) -> None:
+        """Killed with torchrun, the command leaves the ranks, which have sessions of their own.
+
+        When they see that they have no launcher, they save and end.
+        """
         command = f"mera-ds run {long} --until 01-image/align execution.launcher=torchrun"
         process = start(f"{command} execution.processes=2 execution.save_every=1", long)
         wait_for((long / "stages/01-image/align/step-000002").exists, process)
@@ -72,7 +75,6 @@ class TestLaunchedSteps:
         first = (long / ".lock").read_text(encoding="utf-8")
         ended = run(f"mera-ds run {long}", long)
         for rank in ranks:
-            rank.terminate()
             rank.resume()
         alive = psutil.wait_procs(ranks, timeout=60)[1]
         for rank in alive:

@@ -1,7 +1,8 @@
 """Every command that the README prints, as printed, with real processes and the profile `tiny`.
 
 The block that compares two runs is executed in `tests/test_end_to_end.py`, that on a modality of
-one's own in `tests/test_fifth_modality.py`.
+one's own in `tests/test_fifth_modality.py`, that on many nodes (but for ssh) in `test_nodes.py` and
+`test_slurm.py`.
 """
 
 import shlex
@@ -43,6 +44,7 @@ PAPER = "mera-ds doctor --profile a6000-fp16"
 ANOTHER_BACKBONE = "mera-ds init runs/qwen"
 ANOTHER_ORDER = "mera-ds init runs/r1"
 ZERO_3 = "torchrun --nproc-per-node 2 launch/stage.py"
+NODES = "torchrun --nnodes 2"
 ONE_MODALITY = (
     "mera-ds init --profile tiny order=[audio] align.max_steps=4 tune.max_steps=6 "
     "modalities.audio.connector.options.dropout=0.0"
@@ -63,7 +65,7 @@ def inline(first: str) -> str:
 def test_no_block_is_untested() -> None:
     first = (
         *(FIRST_SCREEN, LAUNCHERS, INSTALL, STEPS, TWO_RUNS, SHARDS, PUBLISHED),
-        *(OWN_MODALITY, MERGE, PAPER, LINEAGE),
+        *(OWN_MODALITY, MERGE, PAPER, LINEAGE, NODES),
     )
     assert [block[0] for block in readme_blocks() if not block[0].startswith(first)] == []
 

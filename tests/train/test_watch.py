@@ -72,13 +72,16 @@ def test_a_lost_rank_is_named_and_ends_all(number: int, run: Path) -> None:
     assert lost.exit_code == -signal.SIGKILL
     assert seconds < TIMEOUT + SLACK
     _assert_named(survivor.log, "died or was stopped" if number == signal.SIGKILL else "rank 1")
+    if number == signal.SIGKILL:
+        return  # going on is tested in test_loop.py
+    assert "error: rank 1 did not answer for 8 s and was killed: " in lost.log
     again = train_command(run, "audio", "execution.timeout_seconds=100", ranks=2)
-    while "continuing from" not in again.log():
+    while len(losses(run)) < 8:
         assert again.alive, again.log()
         time.sleep(0.01)
+    assert "continuing from" in again.log()
     again.signal(signal.SIGTERM)
     assert {end.exit_code for end in again.wait()} == {143}
-    assert len(losses(run)) > 5
     assert not list((run / CHECKPOINTS / "ranks").glob("*"))
 
 
