@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mera_ds.cli import features, judging, lineage, runs, shards, study, sweep
+from mera_ds.cli import diagnose, features, judging, lineage, runs, shards, study, sweep
 from mera_ds.cli.doctor import doctor
 from mera_ds.cli.launch import DEFAULT_RUN
 from mera_ds.config import profile_names
@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     lineage.add_commands(commands)
     sweep.add_command(commands)
     study.add_command(commands)
+    diagnose.add_command(commands)
     judging.add_command(commands)
     pocket = commands.add_parser("pocket", help="weights of the profile 'pocket'")
     kinds = pocket.add_subparsers(required=True, metavar="COMMAND")

@@ -20,6 +20,7 @@ from mera_ds.manifest import (
     is_finished,
     read_manifest,
     require_deltas,
+    require_foldable,
 )
 from mera_ds.plan import load_plan, stage_folder
 from mera_ds.settings import apply_overrides, require_known
@@ -100,7 +101,8 @@ def choose(arguments: argparse.Namespace) -> Chosen:
     """Return the model that the arguments name.
 
     Raises:
-        InputError: if the run, the stage or the model doesn't exist, or the run has none yet.
+        InputError: if the run, the stage or the model doesn't exist, the run has none yet, or the
+            command needs a sum of deltas and the model is none.
     """
     run: Path = arguments.run
     config = load_config(run)
@@ -114,6 +116,8 @@ def choose(arguments: argparse.Namespace) -> Chosen:
         raise InputError(f"{folder} has no finished model '{name}'; finished: {found}")
     manifest = read_manifest(folder / name)
     check_chain(folder / name, manifest)
+    if arguments.command is not show:
+        require_foldable(folder / name, manifest)
     return Chosen(run, config, stage, modality, folder / name, manifest)
 
 

@@ -236,6 +236,24 @@ class MultimodalLM(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The backbone's transformer blocks."""
+        return cast(Sequence[nn.Module], self.llm.base_model.layers)
+
+    @torch.no_grad()
+    def block_states(self, batch: Batch) -> Tensor:
+        """Return the hidden states behind each block at the R real positions, (blocks, R, D)."""
+        tokens, _ = self._connect(batch.modality, self.encode(batch.samples))
+        rows = self._lay_out(batch.samples, tokens, batch.counted)
+        states = self.llm.base_model(
+            inputs_embeds=rows.embeddings,
+            attention_mask=rows.attention,
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states[1:]
+        return torch.stack([state[rows.attention.bool()] for state in states])
+
     @torch.no_grad()
     def generate(
         self,

@@ -39,6 +39,7 @@ from mera_ds.model.trainable import set_trainable
 from mera_ds.plan import BACKBONE, LORA, connector_set
 from mera_ds.train.engine import Engine
 from mera_ds.train.loop import Phase, train_phase
+from mera_ds.train.penalty import HeldFactors
 from mera_ds.train.schedule import peak_rates
 from mera_ds.train.watch import Watch
 
@@ -76,6 +77,8 @@ class Task:
     """How many units of each modality there are."""
     poisoned: tuple[int, ...] = ()
     """Steps whose global batch has a sample with features that are not a number."""
+    held: float | None = None
+    """Strength of a penalty on LoRA (see `held_factors`); None: there is none."""
     loss_scale: float | None = None
     """Where fp16's search for a loss scale begins; None: where the engine says."""
 
@@ -236,6 +239,18 @@ def train(task: Task, world: World, folder: Path) -> Trained:
         return trained(engine, start, losses(folder), messages.lines)
 
 
+def held_factors(task: Task, sets: Sets) -> HeldFactors | None:
+    """Return importances from 0 to 2, and anchors up to 0.05 away from where training starts."""
+    if task.held is None:
+        return None
+    importance, anchor = {}, {}
+    for name, parameter in sets[LORA].items():
+        places = torch.arange(parameter.numel(), dtype=torch.float32).view_as(parameter)
+        importance[name] = 2 * places / parameter.numel()
+        anchor[name] = parameter.detach().float() + 0.05 * torch.sin(places)
+    return HeldFactors(LORA, task.held, importance, anchor)
+
+
 @contextmanager
 def trainee(task: Task, world: World) -> Iterator[tuple[Engine, dict[str, Array]]]:
     """Hold a fresh model under the engine; also give its trainable parameters from before."""
@@ -243,7 +258,8 @@ def trainee(task: Task, world: World) -> Iterator[tuple[Engine, dict[str, Array]
         allow_fp16()
     model, sets = build_trainee(task)
     start = {name: _array(parameter) for name, parameter in _named(sets).items()}
-    engine = Engine(model, sets, task.settings, task.execution, task.dtype, world)
+    held = held_factors(task, sets)
+    engine = Engine(model, sets, task.settings, task.execution, task.dtype, world, held)
     if task.loss_scale is not None:
         engine._engine.optimizer.loss_scaler.cur_scale = task.loss_scale
     try:
@@ -297,7 +313,7 @@ def train_plainly(
     loader = build_loader(task, World(rank=0, size=1, local_rank=0))
     model, sets = build_trainee(task)
     steps = (list(_by_modality(loader, step, task)) for step in range(loader.total_steps))
-    return plain_loop(model, sets, steps, task.settings, skip, factors)
+    return plain_loop(model, sets, steps, task.settings, skip, factors, held_factors(task, sets))
 
 
 def _by_modality(loader: StepLoader, step: int, task: Task) -> Iterator[Batch]:
@@ -322,6 +338,7 @@ def plain_loop(
     settings: PhaseConfig,
     skip: Sequence[int] = (),
     factors: Sequence[float] | None = None,
+    held: HeldFactors | None = None,
 ) -> Trained:
     """Train on global batches with torch's AdamW."""
     named = _named(sets)
@@ -340,7 +357,7 @@ def plain_loop(
         tokens = sum(batch.supervised_tokens for batch in batches)
         loss = sum((model(batch) for batch in batches), torch.zeros(())) / tokens
         optimizer.zero_grad()
-        loss.backward()
+        (loss + penalty(held, sets)).backward()
         if settings.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(list(named.values()), settings.max_grad_norm)
         for group in groups:
@@ -354,6 +371,17 @@ def plain_loop(
         for key in ("exp_avg", "exp_avg_sq")
     }
     return Trained(found, start, {name: _array(entry) for name, entry in named.items()}, moments)
+
+
+def penalty(held: HeldFactors | None, sets: Sets) -> Tensor:
+    """Return  λ/2 Σ F (θ − θ*)²  for autograd."""
+    if held is None:
+        return torch.zeros(())
+    terms = [
+        (held.importance[name] * (parameter - held.anchor[name]).square()).sum()
+        for name, parameter in sets[LORA].items()
+    ]
+    return held.strength / 2 * torch.stack(terms).sum()
 
 
 def _named(sets: Sets) -> dict[str, nn.Parameter]:

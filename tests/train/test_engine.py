@@ -62,6 +62,7 @@ TASKS: dict[str, Callable[[Path], Task]] = {
     ),
     # Nine units: the last batch of an epoch has one sample.
     "uneven": lambda run: Task(run, units=9).training(batch_size=4),
+    "held": lambda run: Task(run, lora=True, held=3.0),
     "decay": lambda run: Task(run).training(weight_decay=0.1, max_steps=3),
     "cosine": lambda run: Task(run).training(warmup_ratio=0.34, schedule="cosine"),
     "clip": lambda run: Task(run, lora=True).training(max_grad_norm=CLIP, max_steps=3),
@@ -106,6 +107,7 @@ def two_ranks(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
         | _cases(run, "realign", (2, 3))
         | _cases(run, "uneven", (1, 3))
         | _cases(run, "clip", (0, 2))
+        | _cases(run, "held", (0, 1, 3))
     )
     return _train(run, tmp_path_factory.mktemp("two"), 2, cases)
 
@@ -127,6 +129,9 @@ def _assert_exact(found: Trained, expected: Trained) -> None:
         "uneven-zero3",
         "clip-zero0",
         "clip-zero2",
+        "held-zero0",
+        "held-zero1",
+        "held-zero3",
     ],
 )
 def test_two_ranks_train_as_plain_torch(case: str, two_ranks: Results, plain: Plain) -> None:
@@ -152,6 +157,11 @@ def test_zero_0_to_2_are_equal_to_the_bit(two_ranks: Results) -> None:
         assert found.losses == expected.losses
         for name, tensor in expected.parameters.items():
             assert np.array_equal(found.parameters[name], tensor), name
+
+
+def test_a_penalty_makes_a_difference(plain: Plain) -> None:
+    """Else holding would be compared with nothing."""
+    assert whole_change(plain("held"), plain("tune")) > 0.1
 
 
 def test_the_tasks_are_uneven(run: Path) -> None:
@@ -215,7 +225,7 @@ def test_other_engine_settings_train_the_same(run: Path, tmp_path: Path, plain: 
     both.write_text(json.dumps(offload))
     cases = {
         f"{name}-{path.stem}": TASKS[name](run).using(zero=zero, ds_config=str(path))
-        for name in ("tune", "realign")
+        for name in ("tune", "realign", "held")
         for zero, path in ((2, offloads[2]), (3, cut))
     }
     tune = cases["tune-cut"]
@@ -236,7 +246,7 @@ def test_half_precision_stays_close_to_plain_torch(
     dtype: str, ranks: int, run: Path, tmp_path: Path
 ) -> None:
     """fp16 may skip steps until its loss scale fits; the reference leaves out the same ones."""
-    cases = _cases(run, "tune realign", (1, 2, 3), dtype)
+    cases = _cases(run, "tune realign held", (1, 2, 3), dtype)
     results = _train(run, tmp_path, ranks, cases)
     for name in cases:
         found = _result(results, name)

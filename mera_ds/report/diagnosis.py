@@ -1,0 +1,87 @@
+"""The table and the figure of `mera-ds diagnose`. Imports no torch."""
+
+import io
+from collections.abc import Sequence
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mera_ds.evaluate.findings import Finding
+from mera_ds.report.tables import Table
+
+_NOTES = (
+    "Loss per supervised token on the test set. (a) backbone of the stage, connector as learnt; "
+    "(b) both of the stage; (c) both as learnt. Lost = a - c, misaligned = a - b, forgotten = "
+    "b - c.",
+    "Drift: change of the linear layers' weights since the modality was learnt, relative to their "
+    "norm; cosine of the hidden states with those of (c). Means over the blocks.",
+)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def diagnosis_table(findings: Sequence[Finding], title: str) -> Table:
+    """Return one row per stage and modality learnt until then."""
+    header = ("Stage", "Modality", "(a)", "(b)", "(c)", "Lost", "Misaligned", "Forgotten")
+    rows = [
+        (
+            str(entry.stage),
+            entry.modality,
+            *(f"{value:.3f}" for value in _losses(entry)),
+            f"{entry.old_connector - entry.when_learnt:+.3f}",
+            f"{entry.misalignment:+.3f}",
+            f"{entry.forgetting:+.3f}",
+            f"{100 * _mean(entry.weight_drift):.2f} %" if entry.weight_drift else "woven",
+            f"{_mean(entry.cosines):.3f}",
+        )
+        for entry in findings
+    ]
+    return Table(title, (*header, "Drift", "Cosine"), tuple(rows), _NOTES, labels=2)
+
+
+def _losses(entry: Finding) -> tuple[float, float, float]:
+    return entry.old_connector, entry.newest_connector, entry.when_learnt
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def diagnosis_figure(findings: Sequence[Finding], title: str) -> bytes:
+    """Draw as PNG what each old modality has lost by stage, and the drift block by block."""
+    last = max(entry.stage for entry in findings)
+    newest = [entry for entry in findings if entry.stage == last and entry.learnt_at < last]
+    with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 7, "figure.dpi": 200}):
+        figure = Figure(figsize=(7.0, 2.6), layout="constrained")
+        lost, weights, states = figure.subplots(1, 3)
+        _draw_losses(lost, [entry for entry in findings if entry.learnt_at < entry.stage])
+        for entry, colour in zip(newest, COLOURS * len(newest), strict=False):
+            look = {"color": colour, "label": entry.modality, "linewidth": 1.0}
+            weights.plot([100 * value for value in entry.weight_drift], **look)
+            states.plot(entry.cosines, **look)
+        weights.set(xlabel="block", ylabel="change of weights since learnt, %")
+        states.set(xlabel="block", ylabel="cosine of hidden states")
+        states.legend(frameon=False)
+        for axes in (lost, weights, states):
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=7)
+        target = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(target, metadata={"Software": None})
+    return target.getvalue()
+
+
+def _draw_losses(axes: Axes, findings: Sequence[Finding]) -> None:
+    """Draw two bars per old modality and stage, which add up to what it has lost."""
+    names = [f"{entry.modality}\nstage {entry.stage}" for entry in findings]
+    places = range(len(findings))
+    for shift, label, values in (
+        (-0.2, "misaligned", [entry.misalignment for entry in findings]),
+        (0.2, "forgotten", [entry.forgetting for entry in findings]),
+    ):
+        colour = COLOURS[0 if shift < 0 else 1]
+        axes.bar([place + shift for place in places], values, 0.4, label=label, color=colour)
+    axes.axhline(0, color="#555555", linewidth=0.6)
+    axes.set_xticks(list(places), names, rotation=90 if len(names) > 3 else 0)
+    axes.set_ylabel("loss per token")
+    axes.legend(frameon=False)
