@@ -6,6 +6,7 @@ A product is a folder that says all of a model but its frozen weights:
     connectors/<modality>.safetensors
     deltas/<stage>-<modality>.safetensors
     fisher/<stage>-<modality>.safetensors
+    weave.safetensors                    only PathWeave: see `mera_ds.model.weave`
 
 The backbone of a product is  θ = θ_base + Σ c_i · s_i · B_i A_i  over its lineage. Finished files
 are hard-linked from product to product, so a product is complete in itself and costs only what it
@@ -16,7 +17,7 @@ import dataclasses
 import os
 import platform
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -73,6 +74,8 @@ def write_product(
     without: Collection[str] = (),
     replaced: Mapping[int, Mapping[str, Tensor]] | None = None,
     delta: NewDelta | None = None,
+    weave: Mapping[str, Tensor] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write a product atomically: what `previous` has, changed by what is given.
@@ -88,6 +91,8 @@ def write_product(
         without: modalities whose connectors are left out.
         replaced: by stage, factors that count instead of those that were trained (merge).
         delta: appended to the lineage with coefficient 1.
+        weave: new in-adapters and gates (PathWeave).
+        importance: Fisher information of LoRA factors (EWC).
         provenance: what else to record.
 
     Raises:
@@ -98,13 +103,11 @@ def write_product(
     kept = dict(before.connectors) if before else {}
     kept = {name: entry for name, entry in kept.items() if name not in {*connectors, *without}}
     entries = list(lineage if lineage is not None else before.lineage if before else ())
-    new = [*connectors.values(), *replaced.values(), *([delta.tensors] if delta else [])]
-    size = sum(
-        tensor.numel() * tensor.element_size() for tensors in new for tensor in tensors.values()
-    )
-    require_space(product.parent, size + 1_000_000)
+    new = [*connectors.values(), *replaced.values(), weave or {}, importance or {}]
+    _require_space(product, [*new, *([delta.tensors] if delta else [])])
+    kept_weave = before.weave if before and weave is None else None
     with committed_folder(product) as folder:
-        files = [entry.file for entry in kept.values()]
+        files = [entry.file for entry in (*kept.values(), *([kept_weave] if kept_weave else []))]
         for file in [*files, *(file for entry in entries for file in entry.files)]:
             link_or_copy(_of(previous) / file, folder / file)
         for modality, tensors in connectors.items():
@@ -125,9 +128,25 @@ def write_product(
             lineage=tuple(entries),
             connectors=dict(sorted(kept.items())),
             provenance={**(provenance or {}), "software": software_versions()},
+            weave=_save_part(folder, "weave", weave) or kept_weave,
+            importance=_save_part(folder, "importance", importance),
         )
         write_json(folder / MANIFEST, dataclasses.asdict(manifest))
     return manifest
+
+
+def _require_space(product: Path, new: Iterable[Mapping[str, Tensor]]) -> None:
+    size = sum(
+        tensor.numel() * tensor.element_size() for tensors in new for tensor in tensors.values()
+    )
+    require_space(product.parent, size + 1_000_000)
+
+
+def _save_part(folder: Path, name: str, tensors: Mapping[str, Tensor] | None) -> FileEntry | None:
+    if tensors is None:
+        return None
+    file = f"{name}.safetensors"
+    return FileEntry(file=file, sha256=save_tensors(folder / file, tensors))
 
 
 def _of(previous: Path | None) -> Path:
@@ -265,6 +284,11 @@ def load_connector(product: Path, manifest: Manifest, modality: str) -> dict[str
 
 def load_delta(product: Path, entry: DeltaEntry) -> dict[str, Tensor]:
     """Read the LoRA factors of one lineage entry."""
+    return load_tensors(product / entry.file, entry.sha256)
+
+
+def load_part(product: Path, entry: FileEntry) -> dict[str, Tensor]:
+    """Read a file of a product, such as `manifest.weave`."""
     return load_tensors(product / entry.file, entry.sha256)
 
 

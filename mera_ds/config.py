@@ -110,7 +110,7 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """The replay set R_i: r % of D_1 … D_i (paper, section 4.2)."""
+    """The replay set R_i: r % of D_1 … D_i, or of D_1 … D_{i−1} for Replay (paper, section 4)."""
 
     percent: float = 10.0
 
@@ -118,6 +118,34 @@ class ReplayConfig:
         """Check the range."""
         if not 0 < self.percent <= 100:
             raise InputError(f"replay.percent is {self.percent}; it must be in (0, 100]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EwcConfig:
+    """Online EWC (paper, appendix D)."""
+
+    strength: float = 1.0
+    """λ, the weight of the penalty."""
+    percent: float = 1.0
+    """Share of a stage's data on which the Fisher information is measured after it."""
+    decay: float = 1.0
+    """Factor of the sum of the stages before when a stage is added; 1: the paper's plain sum."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not (self.strength >= 0 and 0 < self.percent <= 100 and 0 <= self.decay <= 1):
+            raise InputError(
+                f"ewc.strength={self.strength}, ewc.percent={self.percent}, ewc.decay={self.decay} "
+                "must be at least 0, in (0, 100], and in [0, 1]"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathWeaveConfig:
+    """PathWeave's adapter-in-adapter; its rank and scale are those of `lora`."""
+
+    inner: Literal["random", "identity"] = "random"
+    """First values of an in-adapter: those of a fresh linear layer (PathWeave's code), or 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +219,8 @@ class RunConfig:
     tune: PhaseConfig
     realign: PhaseConfig
     replay: ReplayConfig = ReplayConfig()
+    ewc: EwcConfig = EwcConfig()
+    pathweave: PathWeaveConfig = PathWeaveConfig()
     merge: MergeConfig = field(default_factory=MergeConfig)
     evaluate: EvaluateConfig = EvaluateConfig()
     execution: ExecutionConfig = ExecutionConfig()

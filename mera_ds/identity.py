@@ -5,7 +5,7 @@ skipped, a product made from other data or settings is refused, and runs can sha
 expert of the first modality is the first stage of every method).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mera_ds.config import ComponentConfig, RunConfig, cache_folder, resolve_pat
 from mera_ds.errors import InputError
 from mera_ds.files import sha256_json
 from mera_ds.mergeconfig import CMA
-from mera_ds.plan import LORA, MergeStep, Plan, Step, TrainStep
+from mera_ds.plan import LORA, DataPart, FisherStep, MergeStep, Plan, Step, TrainStep, step_inputs
 from mera_ds.registry import CONNECTOR, ENCODER, defining_plugins
 from mera_ds.settings import dump
 from mera_ds.shards.format import read_index
@@ -48,15 +48,8 @@ def product_key(config: RunConfig, run: Path, plan: Plan, step: Step) -> str:
     Raises:
         InputError: if weights, shards or the product that the step starts from are missing.
     """
-    start = None
-    if step.start is not None:
-        if not (run / step.start / "manifest.json").exists():
-            before = plan.producer(step.start).name
-            raise InputError(
-                f"{step.name} starts from {before}, which is not finished ({run / step.start} is "
-                f"missing); run 'mera-ds run {run} --until {before}' first"
-            )
-        start = read_manifest(run / step.start).key
+    keys = {name: _finished_key(run, plan, step, name) for name in step_inputs(step)}
+    start = keys[step.start] if step.start is not None else None
     facts: dict[str, Any] = {"kind": step.kind, "stage": step.stage, "start": start}
     if isinstance(step, MergeStep):
         facts["coefficient"] = step.coefficient
@@ -65,6 +58,12 @@ def product_key(config: RunConfig, run: Path, plan: Plan, step: Step) -> str:
     elif isinstance(step, TrainStep):
         _refuse_changed_plugins(config, run / step.output, [part.modality for part in step.data])
         facts |= _training_facts(config, run, step)
+        if step.penalty is not None:
+            facts["penalty"] = [keys[step.penalty.source], step.penalty.strength]
+    elif isinstance(step, FisherStep):
+        facts |= _data_facts(config, run, step.data) | {"tasks": config.tune.tasks}
+        facts |= {"lora": dump(config.lora), "previous": step.previous and keys[step.previous]}
+        facts["decay"] = step.decay
     else:
         _refuse_changed_plugins(config, run / step.start, step.modalities)
     return sha256_json(facts)
@@ -75,6 +74,17 @@ def used_plugins(config: RunConfig, modalities: Iterable[str]) -> dict[str, str]
     entries = [config.modalities[name] for name in modalities]
     kinds = [(ENCODER, entry.encoder.kind) for entry in entries]
     return defining_plugins([*kinds, *((CONNECTOR, entry.connector.kind) for entry in entries)])
+
+
+def _finished_key(run: Path, plan: Plan, step: Step, source: str) -> str:
+    """Return the key of a product that a step needs."""
+    if not (run / source / "manifest.json").exists():
+        before = plan.producer(source).name
+        raise InputError(
+            f"{step.name} starts from {before}, which is not finished ({run / source} is "
+            f"missing); run 'mera-ds run {run} --until {before}' first"
+        )
+    return read_manifest(run / source).key
 
 
 def _refuse_changed_plugins(config: RunConfig, product: Path, modalities: Iterable[str]) -> None:
@@ -91,20 +101,33 @@ def _refuse_changed_plugins(config: RunConfig, product: Path, modalities: Iterab
 
 
 def _training_facts(config: RunConfig, run: Path, step: TrainStep) -> dict[str, Any]:
-    modalities = [part.modality for part in step.data]
-    return {
+    facts = {
         "modality": step.modality,
         "phase": step.phase,
         "settings": dump(config.phase(step.phase)),
         "trainable": step.trainable,
-        "data": [asdict(part) for part in step.data],
+        "lora": dump(config.lora) if LORA in step.trainable else None,
+        **_data_facts(config, run, step.data),
+    }
+    if step.adapter != "new":
+        facts["adapter"] = step.adapter
+    if step.adapter == "woven":
+        facts["pathweave"] = dump(config.pathweave)
+    return facts
+
+
+def _data_facts(config: RunConfig, run: Path, data: Sequence[DataPart]) -> dict[str, Any]:
+    """Return what a loss depends on: the data, its prompts, the frozen parts and the seed."""
+    return {
+        "data": [asdict(part) for part in data],
         "seed": config.seed,
         "base": base_sha256(config, run),
         "tokenizer": _tokenizer_sha256(resolve_path(config.backbone.path, run)),
         "dtype": config.backbone.dtype,
         "prompt": dump(config.prompt),
-        "lora": dump(config.lora) if LORA in step.trainable else None,
-        "components": {name: _component_facts(config, run, name) for name in modalities},
+        "components": {
+            part.modality: _component_facts(config, run, part.modality) for part in data
+        },
     }
 
 

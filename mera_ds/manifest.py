@@ -96,11 +96,16 @@ class Manifest:
     lineage: tuple[DeltaEntry, ...]
     connectors: Mapping[str, FileEntry]
     provenance: Mapping[str, Any]
+    weave: FileEntry | None = None
+    """What gates the deltas, if they are woven (see `mera_ds.model.weave`) and not added up."""
+    importance: FileEntry | None = None
+    """Fisher information of LoRA factors: the product of a `FisherStep`, which is no model."""
 
     @property
     def backbone_sha256(self) -> str:
         """Identity of the backbone: base, and each delta with its coefficient."""
-        return backbone_identity(self.base_sha256, self.lineage)
+        plain = backbone_identity(self.base_sha256, self.lineage)
+        return plain if self.weave is None else sha256_json([plain, self.weave.sha256])
 
     @property
     def model_sha256(self) -> str:
@@ -145,6 +150,19 @@ def is_finished(product: Path, key: str) -> bool:
             "restore them, delete that folder to make it again, or make a new run"
         )
     return True
+
+
+def require_foldable(product: Path, manifest: Manifest) -> None:
+    """Refuse a product whose backbone is not the base plus a sum of deltas.
+
+    Raises:
+        InputError: if its adapters are woven.
+    """
+    if manifest.weave is not None:
+        raise InputError(
+            f"{product}: its adapters are gated token by token (method pathweave), so they can't "
+            "be merged, re-weighted or written as one backbone; take a model of another method"
+        )
 
 
 def check_lineage(product: Path, manifest: Manifest, base_sha256: str) -> None:

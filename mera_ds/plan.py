@@ -20,6 +20,9 @@ LORA = "lora"
 """Trainable set: the LoRA factors on the backbone."""
 
 Phase = Literal["align", "tune", "realign"]
+Adapter = Literal["new", "carried", "woven"]
+"""What of the backbone trains: fresh LoRA factors on the folded lineage (`new`); the newest ones
+of the lineage, further (`carried`); or fresh ones beside all older ones, gated (`woven`)."""
 
 
 def connector_set(modality: str) -> str:
@@ -37,6 +40,15 @@ class DataPart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Penalty:
+    """Hold the carried factors where they were:  strength/2 · Σ importance · (θ − θ_start)²."""
+
+    source: str
+    """Output of the step that measured the importance."""
+    strength: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainStep:
     """Train some parameter sets on some data, starting from an earlier product."""
 
@@ -49,6 +61,27 @@ class TrainStep:
     """Output of the step to start from; None: the bare backbone."""
     trainable: tuple[str, ...]
     data: tuple[DataPart, ...]
+    output: str
+    adapter: Adapter = "new"
+    """Of a step that trains the backbone."""
+    penalty: Penalty | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherStep:
+    """Measure how the last stage's loss depends on each LoRA factor: its mean squared gradient."""
+
+    kind: Literal["fisher"] = "fisher"
+    name: str
+    stage: int
+    modality: str
+    start: str
+    """Output of the last stage."""
+    data: tuple[DataPart, ...]
+    previous: str | None
+    """Output of the step that measured the stages before that; what it found is added."""
+    decay: float
+    """Factor of what is added."""
     output: str
 
 
@@ -83,9 +116,10 @@ class EvaluateStep:
     output: str
 
 
-Step = TrainStep | MergeStep | EvaluateStep
+Step = TrainStep | FisherStep | MergeStep | EvaluateStep
 _KINDS: Mapping[str, type[Step]] = {
     "train": TrainStep,
+    "fisher": FisherStep,
     "merge": MergeStep,
     "evaluate": EvaluateStep,
 }
@@ -105,8 +139,9 @@ class Plan:
         for step in self.steps:
             if step.name in names or step.output in made:
                 raise InputError(f"plan: two steps are called {step.name} or write {step.output}")
-            if step.start is not None and step.start not in made:
-                raise InputError(f"plan: {step.name} starts from {step.start}, made by no step")
+            for source in step_inputs(step):
+                if source not in made:
+                    raise InputError(f"plan: {step.name} starts from {source}, made by no step")
             names.add(step.name)
             made.add(step.output)
 
@@ -120,8 +155,18 @@ class Plan:
 
     def final_model(self, modality: str) -> str:
         """Return the output that stands for the finished stage of `modality`."""
-        models = [step.output for step in self.of_stage(modality) if step.kind != "evaluate"]
-        return models[-1]
+        steps = self.of_stage(modality)
+        return [step.output for step in steps if isinstance(step, TrainStep | MergeStep)][-1]
+
+
+def step_inputs(step: Step) -> list[str]:
+    """Return the outputs of other steps that a step needs."""
+    inputs = [step.start]
+    if isinstance(step, TrainStep) and step.penalty is not None:
+        inputs.append(step.penalty.source)
+    if isinstance(step, FisherStep):
+        inputs.append(step.previous)
+    return [name for name in inputs if name is not None]
 
 
 def stage_folder(stage: int, modality: str) -> str:
@@ -136,10 +181,15 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 
 def _step_facts(step: Step) -> dict[str, Any]:
+    """Return a step as data, without what the earliest plans did not say either."""
     facts = dataclasses.asdict(step)
+    unsaid: list[str] = []
     if isinstance(step, MergeStep) and step.method == CMA:
-        return {name: value for name, value in facts.items() if name not in ("method", "options")}
-    return facts
+        unsaid = ["method", "options"]
+    if isinstance(step, TrainStep):
+        unsaid += ["adapter"] if step.adapter == "new" else []
+        unsaid += ["penalty"] if step.penalty is None else []
+    return {name: value for name, value in facts.items() if name not in unsaid}
 
 
 def load_plan(path: Path) -> Plan:

@@ -20,7 +20,7 @@ from mera_ds.files import TEMPORARY, committed_folder, folder_lock, link_or_copy
 from mera_ds.identity import base_sha256, product_key
 from mera_ds.log import format_duration, logger
 from mera_ds.mergeconfig import CMA
-from mera_ds.plan import EvaluateStep, MergeStep, Plan, Step, TrainStep, load_plan
+from mera_ds.plan import EvaluateStep, FisherStep, MergeStep, Plan, Step, TrainStep, load_plan
 from mera_ds.registry import load_plugins
 
 EXIT_INTERRUPTED = Interrupted.exit_code
@@ -76,6 +76,10 @@ def execute_step(run: Run, step: Step, world: World) -> None:
         from mera_ds.train.stage import run_train_step
 
         run_train_step(run.folder, run.config, run.plan, step, world)
+    elif isinstance(step, FisherStep):
+        from mera_ds.train.importance import run_fisher_step
+
+        run_fisher_step(run.folder, run.config, run.plan, step, world)
     elif isinstance(step, MergeStep):
         execute_merge(run, step)
     else:
@@ -271,7 +275,7 @@ def _launcher_command(launcher: str, processes: int) -> list[str]:
 
 def cost(run: Run, step: Step) -> float:
     """Return a step's share of the work, in backbone passes over samples; sets the time left."""
-    if isinstance(step, MergeStep):
+    if isinstance(step, MergeStep | FisherStep):
         return 0.0
     if isinstance(step, EvaluateStep):
         return 300.0 * len(step.modalities)

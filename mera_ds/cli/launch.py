@@ -16,7 +16,7 @@ from mera_ds.errors import InputError, Interrupted, MeraError
 from mera_ds.files import folder_lock, remove_temporaries
 
 if TYPE_CHECKING:  # `mera-ds --help` needs no torch, and a merge of two folders not even a plan
-    from mera_ds.plan import EvaluateStep
+    from mera_ds.plan import EvaluateStep, Step
     from mera_ds.sequence import Run
 
 DEFAULT_RUN = "runs/default"
@@ -118,7 +118,6 @@ def train_stage(phases: Sequence[str]) -> int:
     def command() -> None:
         from mera_ds.distributed import ensure_launcher_variables, process_group
         from mera_ds.log import set_up_console
-        from mera_ds.plan import TrainStep
         from mera_ds.sequence import execute_step
 
         world = ensure_launcher_variables()
@@ -127,9 +126,7 @@ def train_stage(phases: Sequence[str]) -> int:
         steps = [
             step
             for step in run.plan.of_stage(_stage_of(run, arguments.modality))
-            if isinstance(step, TrainStep)
-            and step.phase in phases
-            and arguments.step in (None, step.name)
+            if _belongs(step, phases) and arguments.step in (None, step.name)
         ]
         if not steps:
             raise InputError(
@@ -141,6 +138,15 @@ def train_stage(phases: Sequence[str]) -> int:
                 execute_step(run, step, world)
 
     return guarded(command)
+
+
+def _belongs(step: "Step", phases: Sequence[str]) -> bool:
+    """Return whether a step is carried out by the script for these phases."""
+    from mera_ds.plan import FisherStep, TrainStep
+
+    if isinstance(step, FisherStep):  # tune or merge needs it
+        return "tune" in phases
+    return isinstance(step, TrainStep) and step.phase in phases
 
 
 def merge() -> int:

@@ -12,7 +12,15 @@ from mera_ds.doctor import missing_paths
 from mera_ds.errors import InputError, MeraError
 from mera_ds.log import set_up_console
 from mera_ds.methods import make_plan
-from mera_ds.plan import DataPart, EvaluateStep, MergeStep, Step, TrainStep, save_plan
+from mera_ds.plan import (
+    DataPart,
+    EvaluateStep,
+    FisherStep,
+    MergeStep,
+    Step,
+    TrainStep,
+    save_plan,
+)
 from mera_ds.registry import copy_plugins, find_plugins, keep_plugins
 
 if TYPE_CHECKING:  # it needs torch
@@ -91,16 +99,26 @@ def _describe(run: "Run", step: Step) -> str:
         return f"{what}  from {start}"
     if isinstance(step, EvaluateStep):
         return f"generate and score on {', '.join(step.modalities)}  with {start}"
+    if isinstance(step, FisherStep):
+        return f"measure the Fisher information on {_shares(step.data)}  with {start}"
     return f"{_describe_training(run, step)}  from {start}"
+
+
+def _shares(data: Sequence[DataPart]) -> str:
+    return ", ".join(
+        part.modality if part.percent == 100 else f"{part.percent:g} % of {part.modality}"
+        for part in data
+    )
 
 
 def _describe_training(run: "Run", step: TrainStep) -> str:
     settings = run.config.phase(step.phase)
-    shares = ", ".join(
-        part.modality if part.percent == 100 else f"{part.percent:g} % of {part.modality}"
-        for part in step.data
-    )
-    what = f"train {', '.join(step.trainable)} on {'+'.join(settings.tasks)} of {shares}"
+    sets = ", ".join(step.trainable)
+    what = f"train {sets} on {'+'.join(settings.tasks)} of {_shares(step.data)}"
+    if step.adapter != "new":
+        what += f", adapter {step.adapter}"
+    if step.penalty is not None:
+        what += f", held by {step.penalty.strength:g} × importance"
     try:
         texts = sum(_texts(run, part, settings.tasks) for part in step.data)
     except InputError:  # the shards aren't there yet

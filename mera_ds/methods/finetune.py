@@ -1,17 +1,13 @@
 """Sequential fine-tuning: learn one modality after another, without any countermeasure."""
 
 from mera_ds.config import RunConfig
-from mera_ds.methods.steps import evaluate, learn
-from mera_ds.plan import Plan, Step, stage_folder
+from mera_ds.methods.steps import Method, learn
+from mera_ds.plan import Step
 
 
-def plan(config: RunConfig) -> Plan:
-    """Return align, tune, evaluate for each modality, each stage from the last one's model."""
-    steps: list[Step] = []
-    previous = None
-    for number, modality in enumerate(config.order, start=1):
-        model = f"{stage_folder(number, modality)}/model"
-        steps += learn(number, modality, previous, model)
-        steps.append(evaluate(number, modality, model, config.order[:number]))
-        previous = model
-    return Plan(method="finetune", steps=tuple(steps))
+def _write_stage(config: RunConfig, stage: int, previous: str | None, output: str) -> list[Step]:
+    """Return align and tune, from the last stage's model."""
+    return [*learn(stage, config.order[stage - 1], previous, output)]
+
+
+METHOD = Method(_write_stage, product="tuned")

@@ -1,15 +1,60 @@
-"""The steps that all methods share: learn one modality the standard way, and evaluate."""
+"""The steps that methods share, and the frame that a method's stages are put in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from mera_ds.config import RunConfig
 from mera_ds.plan import (
     LORA,
+    Adapter,
     DataPart,
     EvaluateStep,
+    Penalty,
+    Plan,
+    Step,
     TrainStep,
     connector_set,
     stage_folder,
 )
+
+StageWriter = Callable[[RunConfig, int, str | None, str], list[Step]]
+"""Writes a stage's training: (configuration, number of the stage from 1, output of the previous
+stage or None, where the stage's model goes)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method learns a modality."""
+
+    write_stage: StageWriter
+    product: str
+    """Folder, within a stage, of its model where realigning follows."""
+
+
+def plan_stages(config: RunConfig, name: str, method: Method, realigned: bool) -> Plan:
+    """Return the plan of a method that learns one modality after another.
+
+    Args:
+        config: the run's configuration.
+        name: name of the method, with realigning or without.
+        method: writes the stages.
+        realigned: whether all stages but the first, where nothing is misaligned yet, end with
+            training all connectors so far on the replay set (paper, sections 4.2 and 5.5).
+    """
+    steps: list[Step] = []
+    previous = None
+    for stage, modality in enumerate(config.order, start=1):
+        folder = stage_folder(stage, modality)
+        model = f"{folder}/model"
+        if realigned and stage > 1:
+            learned = f"{folder}/{method.product}"
+            steps += method.write_stage(config, stage, previous, learned)
+            steps.append(realign(config, stage, learned, model))
+        else:
+            steps += method.write_stage(config, stage, previous, model)
+        steps.append(evaluate(stage, modality, model, config.order[:stage]))
+        previous = model
+    return Plan(method=name, steps=tuple(steps))
 
 
 def step_name(stage: int, modality: str, what: str) -> str:
@@ -18,7 +63,14 @@ def step_name(stage: int, modality: str, what: str) -> str:
 
 
 def learn(
-    stage: int, modality: str, start: str | None, tune_output: str
+    stage: int,
+    modality: str,
+    start: str | None,
+    tune_output: str,
+    *,
+    replay: Sequence[DataPart] = (),
+    adapter: Adapter = "new",
+    penalty: Penalty | None = None,
 ) -> tuple[TrainStep, TrainStep]:
     """Align the new connector on captions, then tune it together with LoRA on captions and QA.
 
@@ -30,6 +82,9 @@ def learn(
         modality: what to learn.
         start: output of the previous stage; None: the bare backbone.
         tune_output: where the tuned model goes.
+        replay: older data that is tuned on as well, together with its connectors.
+        adapter: what of the backbone is tuned.
+        penalty: what holds it.
     """
     folder = stage_folder(stage, modality)
     data = (DataPart(modality=modality),)
@@ -50,11 +105,28 @@ def learn(
         modality=modality,
         phase="tune",
         start=align.output,
-        trainable=(connector, LORA),
-        data=data,
+        trainable=(*(connector_set(part.modality) for part in replay), connector, LORA),
+        data=(*replay, *data),
         output=tune_output,
+        adapter=adapter,
+        penalty=penalty,
     )
     return align, tune
+
+
+def realign(config: RunConfig, stage: int, start: str, output: str) -> TrainStep:
+    """Train all connectors so far, alone, on r % of the data of all modalities so far."""
+    modality, seen = config.order[stage - 1], config.order[:stage]
+    return TrainStep(
+        name=step_name(stage, modality, "realign"),
+        stage=stage,
+        modality=modality,
+        phase="realign",
+        start=start,
+        trainable=tuple(connector_set(name) for name in seen),
+        data=tuple(DataPart(modality=name, percent=config.replay.percent) for name in seen),
+        output=output,
+    )
 
 
 def evaluate(stage: int, modality: str, model: str, modalities: Sequence[str]) -> EvaluateStep:

@@ -17,11 +17,12 @@ from mera_ds.checkpoint import (
 )
 from mera_ds.config import RunConfig, resolve_path
 from mera_ds.identity import base_sha256, weights_path
-from mera_ds.model.backbone import fold_lineage, load_backbone
+from mera_ds.model.adapter import attach_adapter, restore_backbone
+from mera_ds.model.backbone import load_backbone
 from mera_ds.model.connectors import Connector, build_connector
 from mera_ds.model.encoders import Encoder, build_encoder
-from mera_ds.model.lora import attach_lora
 from mera_ds.model.mllm import MultimodalLM
+from mera_ds.plan import Adapter
 
 
 def seed_everything(*facts: object) -> None:
@@ -47,6 +48,7 @@ def build_model(
     modalities: Sequence[str],
     encoders: Mapping[str, Encoder],
     lora_for: str | None = None,
+    adapter: Adapter = "new",
 ) -> MultimodalLM:
     """Build backbone and connectors with the weights of a product.
 
@@ -57,10 +59,12 @@ def build_model(
         modalities: which connectors the model has, in this order; those that the product lacks
             get fresh weights.
         encoders: at least those of `modalities`.
-        lora_for: attach fresh LoRA factors to the backbone for learning this modality.
+        lora_for: attach LoRA factors to the backbone for learning this modality; None: nothing of
+            it trains.
+        adapter: which ones.
 
     Raises:
-        InputError: if the product belongs to another backbone.
+        InputError: if the product belongs to another backbone, or its adapters can't go on so.
         DataError: if a file does not fit.
     """
     llm = load_backbone(config.backbone, resolve_path(config.backbone.path, run))
@@ -68,16 +72,17 @@ def build_model(
     if product is not None:
         manifest = read_manifest(product)
         check_lineage(product, manifest, base_sha256(config, run))
-        fold_lineage(llm, product, manifest)
+    if lora_for is not None:
+        seed_everything(config.seed, "lora", lora_for)
+        attach_adapter(llm, product, manifest, config, adapter)
+    elif product is not None and manifest is not None:
+        restore_backbone(llm, product, manifest)
     embedding: Any = llm.get_input_embeddings()
     width = int(embedding.embedding_dim)
     connectors = {
         modality: _connector(config, run, product, manifest, modality, encoders[modality], width)
         for modality in modalities
     }
-    if lora_for is not None:
-        seed_everything(config.seed, "lora", lora_for)
-        attach_lora(llm, config.lora)
     return MultimodalLM(llm, connectors, encoders, config.prompt.max_length)
 
 

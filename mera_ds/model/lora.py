@@ -12,6 +12,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mera_ds.checkpoint import require_tensors
 from mera_ds.config import LoraConfig
 from mera_ds.deltas import WeightedDelta as WeightedDelta
 from mera_ds.deltas import add_products
@@ -57,6 +58,19 @@ def lora_parameters(llm: nn.Module) -> dict[str, nn.Parameter]:
             if name.endswith(ending):
                 factors[f"{name.removesuffix(ending)}.{factor}"] = parameter
     return factors
+
+
+@torch.no_grad()
+def set_lora(llm: nn.Module, delta: WeightedDelta) -> None:
+    """Give attached LoRA factors the values of a delta.
+
+    Raises:
+        DataError: if it has other layers or shapes.
+    """
+    parameters = lora_parameters(llm)
+    require_tensors(delta.tensors, parameters, delta.where)
+    for name, parameter in parameters.items():
+        parameter.copy_(delta.tensors[name])
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Which parameters train: named sets, chosen by name, checked as sets.
 
-`connector:<modality>` is one connector; `lora` is all LoRA factors of the backbone.
+`connector:<modality>` is one connector; `lora` is all LoRA factors of the backbone and, where they
+are woven, the in-adapters and gates beside them.
 """
 
 from collections.abc import Collection
@@ -9,6 +10,7 @@ from torch import nn
 
 from mera_ds.model.lora import lora_parameters
 from mera_ds.model.mllm import MultimodalLM
+from mera_ds.model.weave import woven_parameters
 from mera_ds.plan import LORA, connector_set
 from mera_ds.settings import require_known
 
@@ -22,7 +24,7 @@ def parameter_sets(model: MultimodalLM) -> dict[str, dict[str, nn.Parameter]]:
         connector_set(modality): dict(connector.named_parameters())
         for modality, connector in model.connectors.items()
     }
-    lora = lora_parameters(model.llm)
+    lora = lora_parameters(model.llm) | woven_parameters(model.llm)
     return {**sets, LORA: lora} if lora else sets
 
 

@@ -30,6 +30,7 @@ from mera_ds.distributed import World
 from mera_ds.errors import InputError, NumericError
 from mera_ds.files import read_json
 from mera_ds.model.mllm import MultimodalLM
+from mera_ds.train.penalty import IMPORTANCE, HeldFactors, add_penalty_gradient, kept_as
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -56,6 +57,7 @@ class Engine:
         execution: ExecutionConfig,
         dtype: Dtype,
         world: World,
+        held: HeldFactors | None = None,
     ) -> None:
         if execution.zero == 0 and dtype != "fp32":
             raise InputError(
@@ -72,6 +74,8 @@ class Engine:
         }
         exact = {name: entry.detach().float().cpu() for name, entry in self._named.items()}
         self._engine = _initialize(model, sets, phase, execution, dtype)
+        self._held = held
+        self._groups = list(sets)
         self._create_moments()
         if dtype != "fp32":
             # DeepSpeed casts the model first and takes its masters from the rounded weights.
@@ -80,6 +84,23 @@ class Engine:
         if dtype == "fp16":
             # At the lowest scale a skipped step is counted as not finite instead.
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+        if held is not None:
+            self._hold(held)
+
+    def _hold(self, held: HeldFactors) -> None:
+        """Lay F and θ* beside Adam's moments, and add the penalty's gradient before its steps."""
+        for key in kept_as(self._dtype):
+            for name, value in held.values(key).items():
+                self._set_full(self._named[f"{held.group}/{name}"], key, value)
+
+        def add(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                for master in group["params"]:
+                    state = optimizer.state[master]
+                    if IMPORTANCE in state:
+                        add_penalty_gradient(master, state, held.strength)
+
+        self._optimizer.register_step_pre_hook(add)
 
     def _create_moments(self) -> None:
         """Give Adam its state before the first step, and link it to the parameters.
@@ -92,6 +113,10 @@ class Engine:
                 "step": torch.tensor(0.0),
                 **{key: torch.zeros_like(master, dtype=torch.float32) for key in MOMENTS},
             }
+        if self._held is not None:
+            for master in self._masters_of(self._held.group):
+                for key, kept in kept_as(self._dtype).items():
+                    self._optimizer.state[master][key] = torch.zeros_like(master, dtype=kept)
         if self._zero in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -164,6 +189,20 @@ class Engine:
         if self._zero == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
         return list(optimizer.single_partition_of_fp32_groups)
+
+    def _masters_of(self, group: str) -> list[Tensor]:
+        """Those that hold (a part of) the parameters of one set."""
+        optimizer, masters = self._engine.optimizer, self._masters()
+        if self._zero == 0:
+            names = list(self._named)
+            return [
+                m for name, m in zip(names, masters, strict=True) if name.startswith(f"{group}/")
+            ]
+        number = self._groups.index(group)
+        if self._zero == 3:
+            of = optimizer.sub_group_to_group_id
+            return [master for place, master in enumerate(masters) if of[place] == number]
+        return [masters[number]]
 
     def state(self) -> EngineState:
         """Return the full state; every rank must call it."""

@@ -7,19 +7,23 @@ import torch
 from torch import Tensor
 
 from mera_ds.batch import pad_features
-from mera_ds.checkpoint import NewDelta, is_finished, write_product
-from mera_ds.config import PhaseConfig, RunConfig, resolve_path
-from mera_ds.data.dataset import TRAIN, ModalityData, UnitReader
+from mera_ds.checkpoint import (
+    DeltaEntry,
+    NewDelta,
+    is_finished,
+    load_delta,
+    read_manifest,
+    require_tensors,
+    write_product,
+)
+from mera_ds.config import PhaseConfig, RunConfig
 from mera_ds.data.loader import LoaderSettings, MixturePart, StepLoader
-from mera_ds.data.prompts import PromptBuilder
-from mera_ds.data.replay import replay_sample
 from mera_ds.distributed import World, main_rank_first, process_group
-from mera_ds.features import ENCODE_BATCH, open_data
+from mera_ds.features import ENCODE_BATCH
 from mera_ds.files import write_json
 from mera_ds.identity import base_sha256, product_key, used_plugins
 from mera_ds.log import Metrics, logger
 from mera_ds.merge.fisher import marginals_from_moments
-from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.build import build_encoders, build_model, move_to
 from mera_ds.model.connectors import Connector
 from mera_ds.model.mllm import MultimodalLM
@@ -28,6 +32,8 @@ from mera_ds.plan import LORA, DataPart, Plan, TrainStep, connector_set
 from mera_ds.train.contract import check_token_counts
 from mera_ds.train.engine import Engine
 from mera_ds.train.loop import Phase, train_phase
+from mera_ds.train.mixture import open_mixture
+from mera_ds.train.penalty import HeldFactors, load_importance
 from mera_ds.train.schedule import peak_rates
 from mera_ds.train.state import remove_checkpoints
 
@@ -64,18 +70,10 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
     modalities = [part.modality for part in step.data]
     settings = config.phase(step.phase)
     encoders = build_encoders(config, run, modalities)
-    tokenizer = load_tokenizer(resolve_path(config.backbone.path, run))
-    prompts = PromptBuilder(config.prompt, tokenizer, step.phase)
-    mixture = {}
-    fingerprints = {}
-    for part in step.data:
-        encoder = encoders[part.modality]
-        data, reader = open_data(config, run, part.modality, TRAIN, encoder, prompts, world)
-        mixture[part.modality] = _mixture_part(data, reader, part, settings.tasks, config.seed)
-        fingerprints[part.modality] = data.fingerprint
+    mixture, fingerprints = open_mixture(run, config, step.data, step.phase, encoders, world)
     loader = StepLoader(mixture, _loader_settings(config, settings, world))
     lora_for = step.modality if LORA in step.trainable else None
-    model = build_model(config, run, start, modalities, encoders, lora_for)
+    model = build_model(config, run, start, modalities, encoders, lora_for, step.adapter)
     move_to(model, encoders, world.device)
     if connector_set(step.modality) in step.trainable and step.phase == "align":
         fit_connector(model, mixture[step.modality], step.modality)
@@ -83,7 +81,8 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
     model.train()
     sets = set_trainable(model, step.trainable)
     folder = _checkpoint_folder(run, step)
-    engine = Engine(model, sets, settings, config.execution, config.backbone.dtype, world)
+    held = _held_factors(run, step)
+    engine = Engine(model, sets, settings, config.execution, config.backbone.dtype, world, held)
     rates = peak_rates(settings, step.trainable, _rate_scales(config))
     phase = Phase(step.name, settings, rates, folder, key, config.seed)
     try:
@@ -98,8 +97,20 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
         if mine:
             if any(part.percent < 100 for part in step.data):
                 _store_replay_list(folder, config, step.data, mixture)
-            _write(run, config, step, key, start, {**trained, **buffers}, moments, fingerprints)
+            trained = {**trained, **buffers}
+            _write(run, config, step, key, start, trained, moments, fingerprints)
             remove_checkpoints(folder)
+
+
+def _held_factors(run: Path, step: TrainStep) -> HeldFactors | None:
+    """Return what holds the carried factors, if the step has a penalty."""
+    if step.penalty is None or step.start is None:
+        return None
+    start = run / step.start
+    anchor = load_delta(start, read_manifest(start).lineage[-1])
+    importance = load_importance(run / step.penalty.source)
+    require_tensors(importance, anchor, step.penalty.source)
+    return HeldFactors(LORA, step.penalty.strength, importance, anchor)
 
 
 def _checkpoint_folder(run: Path, step: TrainStep) -> Path:
@@ -132,17 +143,6 @@ def connector_buffers(model: MultimodalLM) -> dict[str, Tensor]:
         for name, buffer in connector.named_buffers()
         if name in connector.state_dict()
     }
-
-
-def _mixture_part(
-    data: ModalityData, reader: UnitReader, part: DataPart, tasks: Sequence[str], seed: int
-) -> MixturePart:
-    """Return a modality's units, all of them or the replay sample."""
-    units = data.units(tasks)
-    if part.percent < 100:
-        kept = replay_sample(data.ids(units), data.tasks(units), part.percent, seed)
-        units = units.take(kept)
-    return MixturePart(reader, units, data.lengths(units), data.ids(units))
 
 
 def _rate_scales(config: RunConfig) -> dict[str, float]:
@@ -194,17 +194,9 @@ def _write(
         }
         for name in step.trainable
     }
-    delta = None
+    delta, weave = None, None
     if LORA in by_set:
-        scale = config.lora.alpha / config.lora.rank
-        delta = NewDelta(
-            stage=step.stage,
-            modality=step.modality,
-            scale=scale,
-            rank=config.lora.rank,
-            tensors=by_set[LORA],
-            fisher=marginals_from_moments(by_set[LORA], moments, scale),
-        )
+        delta, weave = _adapter(config, step, by_set[LORA], moments)
     connectors = {
         modality: by_set[connector_set(modality)]
         for modality in config.modalities
@@ -216,8 +208,10 @@ def _write(
         step=step.name,
         base_sha256=base_sha256(config, run),
         previous=start,
+        lineage=_lineage_below(step, start),
         connectors=connectors,
         delta=delta,
+        weave=weave,
         provenance={
             "profile": config.profile,
             "seed": config.seed,
@@ -227,3 +221,29 @@ def _write(
         },
     )
     logger.info("%s: model %s in %s", step.name, manifest.model_sha256[:12], run / step.output)
+
+
+def _adapter(
+    config: RunConfig, step: TrainStep, trained: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+) -> tuple[NewDelta, dict[str, Tensor] | None]:
+    """Return the trained pairs as a delta and, if they are woven, what gates them."""
+    scale = config.lora.alpha / config.lora.rank
+    endings = (".lora_A", ".lora_B")
+    pairs = {name: tensor for name, tensor in trained.items() if name.endswith(endings)}
+    weave = {name: tensor for name, tensor in trained.items() if name not in pairs}
+    delta = NewDelta(
+        stage=step.stage,
+        modality=step.modality,
+        scale=scale,
+        rank=config.lora.rank,
+        tensors=pairs,
+        fisher={} if weave else marginals_from_moments(pairs, moments, scale),
+    )
+    return delta, weave or None
+
+
+def _lineage_below(step: TrainStep, start: Path | None) -> tuple[DeltaEntry, ...] | None:
+    """Return what the new delta stands on: all before it, but for one that was carried on."""
+    if step.adapter != "carried" or start is None:
+        return None
+    return read_manifest(start).lineage[:-1]
