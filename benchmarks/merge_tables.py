@@ -78,6 +78,26 @@ def ratios(table: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
+def _limit(name: str, parts: Mapping[str, float]) -> str:
+    """Return one line: the parts, their sum, and how far from it the measured time is."""
+    floor = sum(seconds for part, seconds in parts.items() if part != "measured")
+    said = " + ".join(
+        f"{part} {seconds:.2f}" for part, seconds in parts.items() if part != "measured"
+    )
+    measured = parts["measured"]
+    return f"- {name}: {said} = {floor:.2f}; measured {measured:.2f}, {measured / floor:.2f} times"
+
+
+def _of_8b(sizes: Mapping[str, float]) -> str:
+    """Return the share of a delta of a wide model, by exact count."""
+    model = sizes["model_fp16"]
+    return (
+        f"- at the shapes of Llama-3-8B ({model:.2f} GB in fp16), rank 128 on all linear layers: "
+        f"factors in fp32 are {sizes['fp32']:.2f} GB, 1/{model / sizes['fp32']:.1f}; in fp16 "
+        f"{sizes['fp16']:.2f} GB, 1/{model / sizes['fp16']:.1f}"
+    )
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     rows = [
         f"| {name} | {found['wall_s']:.2f} | {found['core_s'] or '–'} | {found['cpu_s']:.2f} | "
@@ -96,7 +116,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             "",
             f"{results['hardware']}; commit {results['commit']}; load average before and after "
             f"{results['load']}; "
-            f"least of {results['repeats']} interleaved runs.",
+            f"least of {results['repeats']} interleaved runs, of the peers' two at most.",
             "",
             "| | wall s | core loop s | CPU s | peak anonymous GB |",
             "|---|---|---|---|---|",
@@ -105,6 +125,13 @@ def markdown(results: Mapping[str, Any]) -> str:
             *(f"- {title}: {value}" for title, value in results["ratios"].items()),
             f"- the adapter alone is {results['delta_bytes'] / 1e6:.0f} MB, "
             f"1/{results['gigabytes'] * 1e9 / results['delta_bytes']:.1f} of the merged weights",
+            "",
+            _of_8b(results["delta_8b"]),
+            "",
+            "What each takes at least, in seconds: its bytes at the speed of the plain copy, its "
+            "arithmetic at the speed on one span that stays in the cache, on two threads.",
+            "",
+            *(_limit(name, parts) for name, parts in results["limits"].items()),
             "",
             "Against the merge in fp64 (rounding to nearest is at most 0.5 ulp):",
             "",

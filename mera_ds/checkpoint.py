@@ -92,6 +92,7 @@ def write_product(
     connectors: Mapping[str, Mapping[str, Tensor]] | None = None,
     without: Collection[str] = (),
     replaced: Mapping[int, Mapping[str, Tensor]] | None = None,
+    measured: Mapping[int, Mapping[str, Tensor]] | None = None,
     delta: NewDelta | None = None,
     backbone: NewBackbone | None = None,
     weave: Mapping[str, Tensor] | None = None,
@@ -110,6 +111,7 @@ def write_product(
         connectors: new tensors per modality.
         without: modalities whose connectors are left out.
         replaced: by stage, factors that count instead of those that were trained (merge).
+        measured: by stage, Fisher information that was measured on data (merge).
         delta: appended to the lineage with coefficient 1.
         backbone: full weights in the place of the previous ones.
         weave: new in-adapters and gates (PathWeave).
@@ -120,7 +122,7 @@ def write_product(
         DataError: if a tensor is empty or not finite.
     """
     before = read_manifest(previous) if previous is not None else None
-    connectors, replaced = connectors or {}, replaced or {}
+    connectors, replaced, measured = connectors or {}, replaced or {}, measured or {}
     kept = dict(before.connectors) if before else {}
     kept = {name: entry for name, entry in kept.items() if name not in {*connectors, *without}}
     entries = list(lineage if lineage is not None else before.lineage if before else ())
@@ -141,6 +143,7 @@ def write_product(
         for position, entry in enumerate(entries):
             if entry.stage in replaced:
                 entries[position] = _save_replaced(folder, entry, replaced[entry.stage])
+        entries = [_save_measured(folder, entry, measured) for entry in entries]
         if before is not None and lineage is not None:
             entries = list(keep_parents(before.lineage, entries))
         if delta is not None:
@@ -208,6 +211,16 @@ def _save_delta(
         parent=backbone_identity(base_sha256, lineage),
         fisher=fisher,
     )
+
+
+def _save_measured(
+    folder: Path, entry: DeltaEntry, measured: Mapping[int, Mapping[str, Tensor]]
+) -> DeltaEntry:
+    if entry.stage not in measured:
+        return entry
+    file = f"fisher/{entry.stage:02d}-{entry.modality}-data.safetensors"
+    sha256 = save_tensors(folder / file, measured[entry.stage])
+    return dataclasses.replace(entry, measured=FileEntry(file=file, sha256=sha256))
 
 
 def _save_replaced(folder: Path, entry: DeltaEntry, tensors: Mapping[str, Tensor]) -> DeltaEntry:

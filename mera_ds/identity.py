@@ -80,6 +80,8 @@ def product_inputs(config: RunConfig, run: Path, plan: Plan, step: Step) -> dict
         facts["coefficient"] = step.coefficient
         if step.method != CMA:
             facts |= {"method": step.method, "options": dict(step.options)}
+        if step.importance:
+            facts["importance"] = [keys[name] for name in step.importance]
     elif isinstance(step, TrainStep):
         _refuse_changed_plugins(config, run / step.output, [part.modality for part in step.data])
         facts |= _training_facts(config, run, step)

@@ -56,6 +56,8 @@ class DeltaEntry(Factors):
     """The terms of `parent`, if those of the deltas before this one have changed since."""
     fisher: FileEntry | None = None
     """`<module>.rows` (out,) and `<module>.columns` (in,): see `mera_ds.merge.fisher`."""
+    measured: FileEntry | None = None
+    """The same, measured on data rather than taken from Adam's second moments."""
 
     @property
     def weight(self) -> float:
@@ -82,7 +84,8 @@ class DeltaEntry(Factors):
     @property
     def files(self) -> list[str]:
         """All files of this entry."""
-        return [entry.file for entry in (self, self.trained, self.fisher) if entry is not None]
+        found = (self, self.trained, self.fisher, self.measured)
+        return [entry.file for entry in found if entry is not None]
 
 
 @dataclass(frozen=True, kw_only=True)

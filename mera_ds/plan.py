@@ -104,6 +104,9 @@ class MergeStep:
     method: str = CMA
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the method (see `mera_ds.merge.methods`)."""
+    importance: tuple[str, ...] = ()
+    """Outputs of the steps that measured the Fisher information of stages, if the method uses
+    that: of this stage and, at the second, of the first as well, which has no merge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +172,8 @@ def step_inputs(step: Step) -> list[str]:
         inputs.append(step.penalty.source)
     if isinstance(step, FisherStep):
         inputs.append(step.previous)
+    if isinstance(step, MergeStep):
+        inputs += step.importance
     return [name for name in inputs if name is not None]
 
 
@@ -187,8 +192,9 @@ def _step_facts(step: Step) -> dict[str, Any]:
     """Return a step as data, without what the earliest plans did not say either."""
     facts = dataclasses.asdict(step)
     unsaid: list[str] = []
-    if isinstance(step, MergeStep) and step.method == CMA:
-        unsaid = ["method", "options"]
+    if isinstance(step, MergeStep):
+        unsaid += ["method", "options"] if step.method == CMA else []
+        unsaid += ["importance"] if not step.importance else []
     if isinstance(step, TrainStep):
         unsaid += ["adapter"] if step.adapter == "new" else []
         unsaid += ["penalty"] if step.penalty is None else []

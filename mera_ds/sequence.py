@@ -103,6 +103,7 @@ def execute_merge(run: Run, step: MergeStep) -> None:
     """Write the merged model of a stage, unless it is finished."""
     from mera_ds.merge.lineage import merge_product, merge_product_by
     from mera_ds.merge.methods import open_method
+    from mera_ds.train.penalty import load_importance
 
     key = product_key(run.config, run.folder, run.plan, step)
     if is_finished(run.folder / step.output, key):
@@ -119,7 +120,9 @@ def execute_merge(run: Run, step: MergeStep) -> None:
         method = open_method(step.method, step.options)
         if method.kind.warning is not None:
             logger.warning("%s: %s", step.name, method.kind.warning)
-        manifest = merge_product_by(method, start, output, **facts)
+        importance = {run.plan.producer(name).stage: name for name in step.importance}
+        measured = {at: load_importance(run.folder / name) for at, name in importance.items()}
+        manifest = merge_product_by(method, start, output, measured=measured, **facts)
     weight = step.coefficient if manifest.backbone else manifest.lineage[-1].coefficient
     logger.info(
         "%s: merged by %s, newest %s weighted by %s, backbone %s",

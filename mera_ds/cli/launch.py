@@ -168,7 +168,7 @@ def _belongs(step: "Step", phases: Sequence[str]) -> bool:
     """Return whether a step is carried out by the script for these phases."""
     from mera_ds.plan import FisherStep, TrainStep
 
-    if isinstance(step, FisherStep):  # tune needs it
+    if isinstance(step, FisherStep):  # tune or merge needs it
         return "tune" in phases
     return isinstance(step, TrainStep) and step.phase in phases
 

@@ -62,7 +62,11 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add_model_arguments(exported, export)
     exported.add_argument("--out", type=Path, required=True, help="folder to write")
-    exported.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default: the base's")
+    exported.add_argument(
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        help="default: the base's; of an adapter's factors: fp32",
+    )
     exported.add_argument("--method", help="merge all stages anew by this method before")
     exported.add_argument("--adapter", action="store_true", help="write a PEFT adapter instead")
     exported.add_argument("--rank", type=int, help="compress the adapter to this rank")
@@ -298,8 +302,8 @@ def _earlier_products(chosen: Chosen) -> list[Path]:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write a model as an HF folder or as one PEFT adapter."""
-    if arguments.adapter and (arguments.dtype or arguments.method):
-        raise InputError("--adapter is written exactly, in fp32: leave out --dtype and --method")
+    if arguments.adapter and arguments.method:
+        raise InputError("--adapter holds the lineage as it stands: leave out --method")
     if arguments.rank is not None and (not arguments.adapter or arguments.rank < 1):
         raise InputError("--rank is the adapter's, and at least 1: give --adapter")
     chosen = choose(arguments)
@@ -313,7 +317,8 @@ def export(arguments: argparse.Namespace) -> None:
     check_lineage(chosen.product, chosen.manifest, base_sha256(chosen.config, chosen.run))
     model: Sequence[Any] = (base, chosen.product, chosen.manifest, arguments.out)
     if arguments.adapter:
-        adapter = export_adapter(*model, rank=arguments.rank)
+        dtype = arguments.dtype or "fp32"
+        adapter = export_adapter(*model, rank=arguments.rank, dtype=dtype)
         print(f"{arguments.out}: PEFT adapter of rank {adapter.rank} for {base}")
         print(f"  missing of the update: {100 * adapter.relative:.3g} %")
         return

@@ -14,6 +14,9 @@ The marginals come at no cost from the second moments of the LoRA factors at the
 E[(∂ℓ/∂B_oj)²] = s² Σ_k F_ok A_jk² and E[(∂ℓ/∂A_jk)²] = s² Σ_o F_ok B_oj²; so the sums over j of the
 two are proportional to rows and columns, and the first one gives their common factor. The
 gradients are those of batches, the same for all stages of a run.
+
+Instead, squared gradients of the same factors can be measured behind the training, on a share of
+the stage's data and of single samples (`merge.fisher=data`; `mera_ds.train.importance`).
 """
 
 from collections.abc import Mapping

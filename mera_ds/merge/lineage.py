@@ -11,14 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from mera_ds.checkpoint import write_product
+from mera_ds.checkpoint import load_delta, require_tensors, write_product
 from mera_ds.errors import InputError
 from mera_ds.manifest import DeltaEntry, Manifest, check_chain, read_manifest
 from mera_ds.merge.factors import factorise
+from mera_ds.merge.fisher import marginals_from_moments
 from mera_ds.merge.methods import Method
 from mera_ds.merge.methods.base import seed_of
 from mera_ds.merge.updates import (
@@ -81,13 +83,46 @@ def merge_product(
 
 
 def merge_product_by(
-    method: Method, tuned: Path, output: Path, *, key: str, step: str, stage: int
+    method: Method,
+    tuned: Path,
+    output: Path,
+    *,
+    key: str,
+    step: str,
+    stage: int,
+    measured: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> Manifest:
-    """Write the merged model by a method: the older deltas stand as earlier merges left them."""
+    """Write the merged model by a method: the older deltas stand as earlier merges left them.
+
+    Args:
+        method: the method.
+        tuned: the product that was tuned in the stage.
+        output: the folder to write.
+        key: hash of the step's inputs.
+        step: name of the step.
+        stage: its number.
+        measured: by stage, mean squared gradients of the factors, on data.
+    """
     manifest = read_manifest(tuned)
     check_chain(tuned, manifest)
     _tuned_lineage(manifest, stage)
-    return _write(tuned, output, manifest, apply_method(tuned, manifest, method), key, step)
+    marginals = _marginals(tuned, manifest, measured)
+    merged = apply_method(tuned, manifest, method, measured=marginals)
+    return _write(tuned, output, manifest, merged, key, step)
+
+
+def _marginals(
+    product: Path, manifest: Manifest, measured: Mapping[int, Mapping[str, Tensor]]
+) -> dict[int, dict[str, Tensor]]:
+    """Return the Fisher information of layers from squared gradients of the factors."""
+    found = {}
+    for entry in manifest.lineage:
+        if entry.stage in measured:
+            factors = load_delta(product, entry)
+            squares = measured[entry.stage]
+            require_tensors(squares, factors, f"Fisher information of stage {entry.stage}")
+            found[entry.stage] = marginals_from_moments(factors, squares, entry.scale)
+    return found
 
 
 @dataclass(frozen=True)
@@ -97,12 +132,19 @@ class Merged:
     lineage: tuple[DeltaEntry, ...]
     replaced: Mapping[int, Mapping[str, Tensor]]
     """By stage, factors in place of the trained ones."""
+    measured: Mapping[int, Mapping[str, Tensor]]
+    """By stage, Fisher information that was measured on data just now."""
     facts: Mapping[str, Any]
     """For the provenance: method, options, and how far factors are from a dense result."""
 
 
 def apply_method(
-    product: Path, manifest: Manifest, method: Method, *, anew: bool = False
+    product: Path,
+    manifest: Manifest,
+    method: Method,
+    *,
+    anew: bool = False,
+    measured: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> Merged:
     """Return what a method makes of a product's lineage.
 
@@ -112,11 +154,12 @@ def apply_method(
         method: the method.
         anew: as if every stage had been merged by this method, from the trained deltas on;
             otherwise only the newest delta is, and the older ones stand as merges left them.
+        measured: by stage, Fisher information of layers that the product does not hold yet.
 
     Raises:
         InputError: if there are not two stages to merge.
     """
-    updates, layers, error = merge_updates(product, manifest, method, anew=anew)
+    updates, layers, error = merge_updates(product, manifest, method, anew=anew, measured=measured)
     entries = []
     for entry, update in zip(manifest.lineage, updates, strict=True):
         if anew or update.replaced:
@@ -134,11 +177,16 @@ def apply_method(
     facts: dict[str, Any] = {"merge": method.name, "options": dataclasses.asdict(method.options)}
     if error is not None:
         facts["relative_error"] = error
-    return Merged(tuple(entries), replaced, facts)
+    return Merged(tuple(entries), replaced, measured, facts)
 
 
 def merge_updates(
-    product: Path, manifest: Manifest, method: Method, *, anew: bool
+    product: Path,
+    manifest: Manifest,
+    method: Method,
+    *,
+    anew: bool,
+    measured: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> tuple[list[Update], list[str], float | None]:
     """Return updates as a method leaves them, all layers, and how far dense results are missed.
 
@@ -146,7 +194,7 @@ def merge_updates(
     """
     if len(manifest.lineage) < 2:
         raise InputError(f"{product} has {len(manifest.lineage)} stage; merging needs two or more")
-    updates = open_updates(product, manifest, trained=anew)
+    updates = open_updates(product, manifest, trained=anew, measured=measured)
     layers = layers_of(updates)
     first = 2 if anew and not method.kind.joint else len(updates)
     error = None
@@ -254,7 +302,7 @@ def reweight_product(
         merged = apply_method(product, manifest, change, anew=True)
     else:
         facts = {"merge": "coefficients given by hand", "coefficients": dict(change)}
-        merged = Merged(reweighted(manifest, change), {}, facts)
+        merged = Merged(reweighted(manifest, change), {}, {}, facts)
     return _write(product, output, manifest, merged, key, step)
 
 
@@ -269,6 +317,7 @@ def _write(
         previous=product,
         lineage=merged.lineage,
         replaced=merged.replaced,
+        measured=merged.measured,
         provenance=merged.facts,
     )
 

@@ -18,7 +18,7 @@ from mera_ds.checkpoint import save_tensors
 from mera_ds.errors import InputError
 from mera_ds.files import committed_folder, require_space, write_json
 from mera_ds.manifest import Manifest
-from mera_ds.merge.export import RECORD, copy_product, lineage_update, record
+from mera_ds.merge.export import DTYPES, RECORD, copy_product, lineage_update, record
 from mera_ds.merge.factors import LowRank, compress, norm, total
 
 CONFIG = "adapter_config.json"
@@ -36,9 +36,15 @@ class Compression:
 
 
 def export_adapter(
-    base: Path, product: Path, manifest: Manifest, output: Path, *, rank: int | None = None
+    base: Path,
+    product: Path,
+    manifest: Manifest,
+    output: Path,
+    *,
+    rank: int | None = None,
+    dtype: str = "fp32",
 ) -> Compression:
-    """Write the whole lineage as one PEFT LoRA adapter in fp32, connectors and manifest beside it.
+    """Write the whole lineage as one PEFT LoRA adapter, connectors and manifest beside it.
 
     Args:
         base: HF folder of the bare backbone, named in the adapter.
@@ -46,9 +52,11 @@ def export_adapter(
         manifest: its manifest.
         output: the folder to write; must not exist.
         rank: compress every layer to at most this rank; None: exact.
+        dtype: of the factors: `fp32`, `fp16` or `bf16`.
 
     Raises:
         InputError: if the output exists, or the lineage changes nothing.
+        DataError: if a factor is not finite in the dtype.
         ResourceError: if the disk is too small.
     """
     if output.exists():
@@ -62,14 +70,13 @@ def export_adapter(
         terms = update(layer)
         assert not isinstance(terms, torch.Tensor)
         joined = total([LowRank(left.double() * w, right.double()) for w, left, right in terms])
-        if rank is not None and rank < joined.rank:
-            whole += norm(joined) ** 2
-            joined, missed = compress(joined, rank)
-            lost += missed**2
-        ranks[layer] = joined.rank
-        tensors[f"base_model.model.{layer}.lora_A.weight"] = joined.right.float()
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = joined.left.float()
-    require_space(output.parent, sum(t.numel() * 4 for t in tensors.values()) + 50_000_000)
+        whole += norm(joined) ** 2
+        written, missed = _written(joined, rank, DTYPES[dtype])
+        lost += missed**2
+        ranks[layer] = written.rank
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = written.right
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = written.left
+    require_space(output.parent, sum(t.nbytes for t in tensors.values()) + 50_000_000)
     found = Compression(max(ranks.values()), (lost / whole) ** 0.5 if whole > 0 else 0.0)
     with committed_folder(output) as folder:
         save_tensors(folder / WEIGHTS, tensors)
@@ -78,6 +85,17 @@ def export_adapter(
         facts = {"rank": found.rank, "relative_error": found.relative}
         write_json(folder / RECORD, record(manifest, None) | facts)
     return found
+
+
+def _written(update: LowRank, rank: int | None, dtype: torch.dtype) -> tuple[LowRank, float]:
+    """Return the factors as they are written, and the norm of what they miss of the update."""
+    found, missed = update, 0.0
+    if rank is not None and rank < update.rank:
+        found, missed = compress(update, rank)
+    found = LowRank(found.left.to(dtype), found.right.to(dtype))
+    if dtype != torch.float32:
+        missed = norm(total([update, found.double() * -1.0]))
+    return found, missed
 
 
 def _config(base: Path, ranks: Mapping[str, int]) -> dict[str, Any]:

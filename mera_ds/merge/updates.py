@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -82,24 +83,39 @@ def _scaled(file: FactorFile, layer: str) -> LowRank | None:
     return LowRank(left.double() * file.scale, right.double())
 
 
-def open_updates(product: Path, manifest: Manifest, *, trained: bool = False) -> list[Update]:
-    """Open the deltas of a product.
+def open_updates(
+    product: Path,
+    manifest: Manifest,
+    *,
+    trained: bool = False,
+    measured: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
+) -> list[Update]:
+    """Open the deltas of a product; their Fisher information is of one kind for all of them.
 
     Args:
         product: the product's folder.
         manifest: its manifest.
         trained: take each as it was trained, with coefficient 1, whatever merges have made of it.
+        measured: by stage, Fisher information that the product does not hold yet.
     """
-    return [_open(product, entry, trained) for entry in manifest.lineage]
+    known = all(entry.measured or entry.stage in measured for entry in manifest.lineage)
+    updates = [
+        _open(product, entry, trained, entry.measured if known else entry.fisher)
+        for entry in manifest.lineage
+    ]
+    if known:
+        for update in updates:
+            update.information = measured.get(update.stage, update.information)
+    return updates
 
 
-def _open(product: Path, entry: DeltaEntry, trained: bool) -> Update:
+def _open(product: Path, entry: DeltaEntry, trained: bool, fisher: FileEntry | None) -> Update:
     update = Update(
         stage=entry.stage,
         modality=entry.modality,
         file=FactorFile(product, entry.as_trained),
         coefficient=Fraction(1),
-        information=None if entry.fisher is None else _information(product, entry.fisher),
+        information=None if fisher is None else _information(product, fisher),
     )
     if not trained:
         update.coefficient = Fraction(entry.coefficient)

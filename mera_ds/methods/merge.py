@@ -6,22 +6,24 @@ cumulative moving average,
     θ_i = (i−1)/i · θ_{i−1} + 1/i · θ_tuned      (backbone only; connectors are kept).
 
 With θ_tuned = θ_{i−1} + Δ_i the average is θ_{i−1} + Δ_i / i: the newest delta gets the coefficient
-1/i and no older one changes. (`merge.method` chooses another rule.) In the first stage the average
-is the identity, so it ends with the tuned model. MERA realigns after it (see `realign` in `steps`).
+1/i and no older one changes. (`merge.method` chooses another rule; with `merge.fisher=data` every
+stage's Fisher information is measured behind its tune.) In the first stage the average is the
+identity, so it ends with the tuned model. MERA realigns after it (see `realign` in `steps`).
 """
 
 from mera_ds.config import RunConfig
 from mera_ds.mergeconfig import CMA
 from mera_ds.methods.steps import Method, learn, step_name
-from mera_ds.plan import MergeStep, Step, stage_folder
+from mera_ds.plan import DataPart, FisherStep, MergeStep, Step, stage_folder
 
 
 def _write_stage(config: RunConfig, stage: int, previous: str | None, output: str) -> list[Step]:
     """Return align, tune and merge."""
     modality = config.order[stage - 1]
     if stage == 1:
-        return [*learn(config, stage, modality, previous, output)]
+        return [*learn(config, stage, modality, previous, output), *_measure(config, stage, output)]
     tuned = f"{stage_folder(stage, modality)}/tuned"
+    measured = _measure(config, stage, tuned)
     merge = MergeStep(
         name=step_name(stage, modality, "merge"),
         stage=stage,
@@ -31,8 +33,35 @@ def _write_stage(config: RunConfig, stage: int, previous: str | None, output: st
         output=output,
         method=config.merge.method,
         options=config.merge.options,
+        importance=tuple(
+            _importance(config, place) for place in ((1, 2) if stage == 2 else (stage,))
+        )
+        if measured
+        else (),
     )
-    return [*learn(config, stage, modality, previous, tuned), merge]
+    return [*learn(config, stage, modality, previous, tuned), *measured, merge]
+
+
+def _measure(config: RunConfig, stage: int, tuned: str) -> list[FisherStep]:
+    """Return the step that measures a tuned model's Fisher information, if merging needs it."""
+    if config.merge.fisher != "data":
+        return []
+    modality = config.order[stage - 1]
+    step = FisherStep(
+        name=step_name(stage, modality, "fisher"),
+        stage=stage,
+        modality=modality,
+        start=tuned,
+        data=(DataPart(modality=modality, percent=config.merge.fisher_percent),),
+        previous=None,
+        decay=1.0,
+        output=_importance(config, stage),
+    )
+    return [step]
+
+
+def _importance(config: RunConfig, stage: int) -> str:
+    return f"{stage_folder(stage, config.order[stage - 1])}/fisher"
 
 
 METHOD = Method(_write_stage, product="merged")

@@ -20,7 +20,10 @@ def test_small_and_without_peers(tmp_path: Path) -> None:
     ]
     subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
     results = json.loads((tmp_path / "results/merge.json").read_text())
-    assert results["table"].keys() == {"copy, 2 threads", "ours", "ours, base + adapter"}
+    ours = {"ours", "ours, base + adapter", "ours, dry run"}
+    assert results["table"].keys() == {"copy, 2 threads", *ours}
+    assert results["delta_8b"]["model_fp16"] == pytest.approx(16.06, abs=0.005)
+    assert all(min(parts.values()) > 0 for parts in results["limits"].values())
     assert results["accuracy"]["two checkpoints"]["ours"]["largest_error_ulp"] <= 0.51
     assert next(iter(results["memory"].values())) < 0.35
     assert (tmp_path / "results/merge-memory.png").stat().st_size > 1000

@@ -92,7 +92,7 @@ class TestLineage:
             ("reweight RUN --method opcm", "has 1 stage; merging needs two"),
             ("undo RUN", "has one stage only"),
             ("export RUN --out x --rank 3", "--rank is the adapter's"),
-            ("export RUN --out x --adapter --dtype fp16", "--adapter is written exactly"),
+            ("export RUN --out x --adapter --method ties", "--adapter holds the lineage"),
         ],
     )
     def test_bad_input(self, words: str, message: str, merged: Path, say: Say) -> None:

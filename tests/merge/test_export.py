@@ -283,6 +283,30 @@ class TestAdapter:
             whole += float(update.square().sum())
         assert found.relative == pytest.approx((lost / whole) ** 0.5, rel=1e-2)
 
+    def test_half_the_bytes_and_a_stated_error(
+        self, product: Path, base: LlamaForCausalLM, tmp_path: Path
+    ) -> None:
+        manifest = read_manifest(product)
+        exact = tmp_path / "exact"
+        export_adapter(tmp_path / "base", product, manifest, exact)
+        found = export_adapter(
+            tmp_path / "base", product, manifest, tmp_path / "half", dtype="fp16"
+        )
+        tensors = [load_file(p / "adapter_model.safetensors") for p in (exact, tmp_path / "half")]
+        lost = whole = 0.0
+        for name in linear_layers(base):
+            first, second = (
+                entry[f"base_model.model.{name}.lora_B.weight"].double()
+                @ entry[f"base_model.model.{name}.lora_A.weight"].double()
+                for entry in tensors
+            )
+            lost += float((first - second).square().sum())
+            whole += float(first.square().sum())
+        assert found.relative == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
+        assert 1e-5 < found.relative < 1e-3
+        sizes = [sum(tensor.nbytes for tensor in entry.values()) for entry in tensors]
+        assert sizes[0] == 2 * sizes[1]
+
     def test_layers_of_other_ranks_keep_them(
         self, product: Path, base: LlamaForCausalLM, tmp_path: Path
     ) -> None:
