@@ -35,7 +35,7 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
         InputError: if the folder is no causal language model that transformers knows.
     """
     transformers.utils.logging.disable_progress_bar()
-    attention, reason = _attention(config)
+    attention, reason = choose_attention(config)
     try:
         llm = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -47,17 +47,22 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"backbone.path: no model can be loaded from {folder}: {error}") from None
     _refuse_scaled_logits(llm, folder)
+    prepare_backbone(llm, config)
+    logger.info(
+        *("backbone %s (%s) in %s, attention %s (%s)", folder.name, type(llm).__name__),
+        *(config.dtype, attention, reason),
+    )
+    return llm
+
+
+def prepare_backbone(llm: PreTrainedModel, config: BackboneConfig) -> None:
+    """Freeze a language model and set it up for training and for greedy decoding."""
     llm.requires_grad_(False)
     llm.config.use_cache = False
     # Its own sampling settings and penalties would change what greedy decoding says.
     llm.generation_config = GenerationConfig(eos_token_id=sorted(generation_ends(llm)) or None)
     if config.gradient_checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
-    logger.info(
-        *("backbone %s (%s) in %s, attention %s (%s)", folder.name, type(llm).__name__),
-        *(config.dtype, attention, reason),
-    )
-    return llm
 
 
 def generation_ends(llm: Any) -> set[int]:
@@ -80,7 +85,7 @@ def _refuse_scaled_logits(llm: PreTrainedModel, folder: Path) -> None:
             )
 
 
-def _attention(config: BackboneConfig) -> tuple[str, str]:
+def choose_attention(config: BackboneConfig) -> tuple[str, str]:
     """Return which attention is used, and why.
 
     Raises:
