@@ -27,6 +27,7 @@ from mera_ds.settings import (
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 Decode = Literal["eager", "static", "compiled"]
+Recomputation = bool | int | Literal["none", "all", "selective"]
 Options = Mapping[str, Any]
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -43,7 +44,19 @@ class BackboneConfig:
     """Compute dtype of the frozen weights; trainable ones have fp32 masters."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """`auto`: flash-attn 2 where it is installed and the dtype allows it, SDPA otherwise."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Recomputation = False
+    """What the backward pass computes again instead of keeping it: `none` (false), `all` (true),
+    that many of the lowest layers, or `selective`: all but matrix products and attention."""
+    embedding_device: Literal["same", "cpu"] = "same"
+    """`cpu`: the input embedding stays in host memory; only the rows of a batch go to the GPU."""
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not isinstance(self.gradient_checkpointing, str) and self.gradient_checkpointing < 0:
+            raise InputError(
+                f"backbone.gradient_checkpointing is {self.gradient_checkpointing}; as a number of "
+                "layers it must be at least 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +127,8 @@ class PhaseConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
     """Gradient clipping by global norm; 0 switches it off."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit`: moments of 8 bit (bitsandbytes), 2 instead of 8 bytes per trained number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +189,11 @@ class ExecutionConfig:
     save_every: int = 50
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept, too, until the phase ends; 0: none."""
+    saving: Literal["background", "blocking"] = "background"
+    """`background`: a thread writes a checkpoint while the training goes on."""
     max_nonfinite_steps: int = 8
     """Stop when more steps than this had a non-finite loss or gradient."""
     timeout_seconds: int = 1800
@@ -225,7 +245,7 @@ class RunConfig:
 def _require_counts(section: Any, where: str) -> None:
     """Raise `InputError` naming a whole number that is negative, or 0 where that means nothing."""
     for name, value in vars(section).items():
-        least = 0 if name in ("workers", "zero", "max_nonfinite_steps") else 1
+        least = 0 if name in ("workers", "zero", "max_nonfinite_steps", "keep_every") else 1
         if type(value) is int and value < least:
             raise InputError(f"{where}.{name} is {value}; it must be at least {least}")
 

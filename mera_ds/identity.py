@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mera_ds.checkpoint import hash_backbone, read_manifest, remembered_sha256
-from mera_ds.config import ComponentConfig, RunConfig, cache_folder, resolve_path
+from mera_ds.config import ComponentConfig, PhaseConfig, RunConfig, cache_folder, resolve_path
 from mera_ds.errors import InputError
 from mera_ds.files import sha256_json
 from mera_ds.mergeconfig import CMA
@@ -95,7 +95,7 @@ def _training_facts(config: RunConfig, run: Path, step: TrainStep) -> dict[str, 
     return {
         "modality": step.modality,
         "phase": step.phase,
-        "settings": dump(config.phase(step.phase)),
+        "settings": _phase_facts(config.phase(step.phase)),
         "trainable": step.trainable,
         "data": [asdict(part) for part in step.data],
         "seed": config.seed,
@@ -106,6 +106,14 @@ def _training_facts(config: RunConfig, run: Path, step: TrainStep) -> dict[str, 
         "lora": dump(config.lora) if LORA in step.trainable else None,
         "components": {name: _component_facts(config, run, name) for name in modalities},
     }
+
+
+def _phase_facts(phase: PhaseConfig) -> dict[str, Any]:
+    """Return a phase's settings; those of the usual optimizer are as before there were others."""
+    facts = dump(phase)
+    if phase.optimizer == "adamw":
+        del facts["optimizer"]
+    return facts
 
 
 def _tokenizer_sha256(backbone: Path) -> str:

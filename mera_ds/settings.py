@@ -1,5 +1,6 @@
 """Strict settings: YAML and overrides in, frozen dataclasses out, and back. Imports no torch."""
 
+import contextlib
 import dataclasses
 import difflib
 import re
@@ -63,8 +64,7 @@ def parse(cls: type[T], value: Mapping[str, Any], where: str) -> T:
 def _convert(value: Any, kind: Any, where: str) -> Any:
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        (kind,) = (entry for entry in typing.get_args(kind) if entry is not type(None))
-        return None if value is None else _convert(value, kind, where)
+        return _convert_to_any(value, typing.get_args(kind), where)
     if origin is Literal:
         choices = typing.get_args(kind)
         if value in choices and type(value) in {type(choice) for choice in choices}:
@@ -80,6 +80,21 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         return _convert_mapping(value, typing.get_args(kind)[1], where)
     return _convert_scalar(value, kind, where)
+
+
+def _convert_to_any(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
+    """Convert to the first of some kinds that takes the value."""
+    if value is None and type(None) in kinds:
+        return None
+    others = [kind for kind in kinds if kind is not type(None)]
+    if len(others) == 1:
+        return _convert(value, others[0], where)
+    for kind in others:
+        with contextlib.suppress(InputError):
+            return _convert(value, kind, where)
+    choices = [typing.get_args(kind) or (kind.__name__,) for kind in others]
+    valid = ", ".join(str(choice) for entry in choices for choice in entry)
+    raise InputError(f"{where} is {value!r}; valid: {valid}")
 
 
 def _convert_mapping(value: Any, item: Any, where: str) -> Any:

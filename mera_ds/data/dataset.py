@@ -89,8 +89,11 @@ class ModalityData:
 
     def tasks(self, units: UnitList) -> list[str]:
         """Return `task` of units."""
-        columns = [reader.samples.tasks for reader in self.readers]
-        return [TASKS[code] for code in _gather(columns, units).tolist()]
+        return [TASKS[code] for code in self.task_codes(units).tolist()]
+
+    def task_codes(self, units: UnitList) -> NDArray[np.int64]:
+        """Return the tasks of units as numbers (U,)."""
+        return _gather([reader.samples.tasks for reader in self.readers], units)
 
     def lengths(self, units: UnitList) -> NDArray[np.int64]:
         """Return `length` of units."""
@@ -185,9 +188,9 @@ class UnitReader:
         self._load_medium = load_medium
         self._encoded = encoded
 
-    def task(self, unit: UnitRef) -> str:
-        """Return the unit's task."""
-        return self._data.task(unit)
+    def task_codes(self, units: UnitList) -> NDArray[np.int64]:
+        """Return the tasks of units as numbers (U,)."""
+        return self._data.task_codes(units)
 
     def pieces(self, unit: UnitRef, supervised: bool = True) -> TokenPieces:
         """Return the token ids of a unit's text, without touching its medium."""

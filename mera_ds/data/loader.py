@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mera_ds.batch import Batch
-from mera_ds.data.dataset import UnitReader, UnitRef
+from mera_ds.data.dataset import UnitReader
 from mera_ds.data.order import (
     EpochOrder,
     MicroBatch,
@@ -28,6 +28,7 @@ from mera_ds.data.order import (
     step_batches,
     steps_per_epoch,
 )
+from mera_ds.data.units import UnitList
 from mera_ds.errors import InputError, MeraError, RankError
 
 PR_SET_PDEATHSIG = 1
@@ -41,7 +42,7 @@ class MixturePart:
     """One modality's share of a phase's data."""
 
     reader: UnitReader
-    units: Sequence[UnitRef]
+    units: UnitList
     lengths: Sequence[int] | NDArray[np.int64]
     ids: Sequence[str]
 
@@ -82,14 +83,14 @@ class StepLoader(torch.utils.data.Dataset[list[Batch]]):
         return min(steps, self._settings.max_steps or steps)
 
     def order_hash(self) -> str:
-        """Return a hash of the first epoch's global order, equal on all ranks."""
+        """Return a hash of the first epoch's global order; equal on all ranks of equal shards."""
         order = self._order_of(0)
         digest = hashlib.sha256(repr(order.modalities).encode())
         digest.update(order.codes.tobytes())
         digest.update(order.units.tobytes())
         for part in self._mixture.values():
-            for name in part.ids:
-                digest.update(f"{name}\n".encode())
+            digest.update(part.units.readers.tobytes())
+            digest.update(part.units.texts.tobytes())
         return digest.hexdigest()
 
     def __len__(self) -> int:

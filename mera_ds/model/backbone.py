@@ -13,7 +13,9 @@ from mera_ds.config import BackboneConfig
 from mera_ds.deltas import weighted_deltas
 from mera_ds.errors import InputError
 from mera_ds.log import logger
+from mera_ds.model.embedding import keep_embedding_on_host
 from mera_ds.model.lora import fold_deltas
+from mera_ds.model.recompute import set_recomputation
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -61,8 +63,9 @@ def prepare_backbone(llm: PreTrainedModel, config: BackboneConfig) -> None:
     llm.config.use_cache = False
     # Its own sampling settings and penalties would change what greedy decoding says.
     llm.generation_config = GenerationConfig(eos_token_id=sorted(generation_ends(llm)) or None)
-    if config.gradient_checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    set_recomputation(llm, config.gradient_checkpointing)
+    if config.embedding_device == "cpu":
+        keep_embedding_on_host(llm)
 
 
 def generation_ends(llm: Any) -> set[int]:

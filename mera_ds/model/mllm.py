@@ -68,8 +68,8 @@ class MultimodalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone's embedding lies."""
-        return self.llm.get_input_embeddings().weight.device
+        """Where the backbone computes; its input embedding may lie elsewhere."""
+        return self.llm.get_output_embeddings().weight.device
 
     def _connectors(self) -> Iterable[tuple[str, Connector]]:
         """The connectors in their fixed order."""

@@ -5,10 +5,9 @@ features (`num_tokens`). One real sample of every modality is sent through both;
 samples are laid out, so that none is found too long after hours.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping
-from heapq import nlargest
 
+import numpy as np
 import torch
 
 from mera_ds.batch import Sample
@@ -82,12 +81,13 @@ def _check_counts(
 
 
 def _check_length(modality: str, part: MixturePart, media_tokens: int, max_length: int) -> None:
-    by_task: dict[str, list[int]] = defaultdict(list)
-    for place, unit in enumerate(part.units):
-        by_task[part.reader.task(unit)].append(place)
+    tasks = part.reader.task_codes(part.units)
+    lengths = np.asarray(part.lengths)
     texts = {}
-    for places in by_task.values():
-        for place in nlargest(LONGEST, places, key=part.lengths.__getitem__):
+    for task in np.unique(tasks):
+        places = np.flatnonzero(tasks == task)
+        longest_first = places[np.argsort(-lengths[places], kind="stable")]
+        for place in longest_first[:LONGEST].tolist():
             texts[part.ids[place]] = len(part.reader.pieces(part.units[place]))
     longest = max(texts, key=texts.__getitem__)
     length = texts[longest] + media_tokens

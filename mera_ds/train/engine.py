@@ -16,7 +16,8 @@ What is arranged here, and why:
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mera_ds.distributed import World
 from mera_ds.errors import InputError, NumericError
 from mera_ds.files import read_json
 from mera_ds.model.mllm import MultimodalLM
+from mera_ds.train import eightbit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -65,6 +67,7 @@ class Engine:
         self._world = world
         self._zero = execution.zero
         self._dtype = dtype
+        self._eight_bit = phase.optimizer == "adamw8bit"
         self._named = {
             f"{group}/{name}": parameter
             for group, entry in sets.items()
@@ -87,16 +90,41 @@ class Engine:
         DeepSpeed links it in the first step of the first parameter group, when the others have
         none yet, so the moments of all later groups could never be read.
         """
+        if self._eight_bit:
+            eightbit.create_moments(self._optimizer, self._masters())
+            return
         for master in self._masters():
             self._optimizer.state[master] = {
                 "step": torch.tensor(0.0),
                 **{key: torch.zeros_like(master, dtype=torch.float32) for key in MOMENTS},
             }
+        self._link_moments()
+
+    def _link_moments(self) -> None:
         if self._zero in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def backward(self, batch: Batch, global_tokens: int, last: bool) -> float:
-        """Add one micro-batch's gradient; return its share of the global mean loss.
+    @contextmanager
+    def _full_moments(self, *, changing: bool = False) -> Iterator[None]:
+        """While the block reads or changes moments of 8 bit, let them be fp32 tensors as usual."""
+        states = [self._optimizer.state[entry] for entry in self._masters()]
+        if self._eight_bit:
+            for entry in states:
+                entry.update(eightbit.unpack(entry))
+            self._link_moments()
+        yield
+        if self._eight_bit:
+            for entry in states:
+                moments = {key: entry.pop(key) for key in MOMENTS}
+                if changing:
+                    eightbit.pack(entry, moments)
+            self._link_moments()
+
+    def backward(self, batch: Batch, global_tokens: int, last: bool) -> Tensor:
+        """Add one micro-batch's gradient; return its share of the global mean loss, in fp64.
+
+        The device is not waited for.
 
         Args:
             batch: the micro-batch.
@@ -108,7 +136,7 @@ class Engine:
         self._engine.backward(loss * self._world.size)
         if not last:
             self._engine.step()
-        return float(loss.detach())
+        return loss.detach().double()
 
     def step(self, learning_rates: Mapping[str, float]) -> bool:
         """Take the optimizer step; return False if it was skipped because of non-finite gradients.
@@ -168,10 +196,11 @@ class Engine:
     def state(self) -> EngineState:
         """Return the full state; every rank must call it."""
         parameters, moments = {}, {}
-        for name, parameter in self._named.items():
-            parameters[name] = self._full(parameter, None)
-            for key in MOMENTS:
-                moments[f"{name}.{key}"] = self._full(parameter, key)
+        with self._full_moments():
+            for name, parameter in self._named.items():
+                parameters[name] = self._full(parameter, None)
+                for key in MOMENTS:
+                    moments[f"{name}.{key}"] = self._full(parameter, key)
         steps = [float(self._optimizer.state[entry]["step"]) for entry in self._masters()]
         return EngineState(parameters, moments, {"adam_step": steps[0], **self._scaler_state()})
 
@@ -183,11 +212,12 @@ class Engine:
         """Return Adam's second moments of one set, without their bias to 0; all ranks call it."""
         steps = float(self._optimizer.state[self._masters()[0]]["step"])
         bias = 1 - self._optimizer.param_groups[0]["betas"][1] ** max(1.0, steps)
-        return {
-            name.removeprefix(f"{group}/"): self._full(entry, "exp_avg_sq") / bias
-            for name, entry in self._named.items()
-            if name.startswith(f"{group}/")
-        }
+        with self._full_moments():
+            return {
+                name.removeprefix(f"{group}/"): self._full(entry, "exp_avg_sq") / bias
+                for name, entry in self._named.items()
+                if name.startswith(f"{group}/")
+            }
 
     def _full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -198,16 +228,19 @@ class Engine:
             value = safe_get_full_fp32_param(parameter)
         else:
             value = safe_get_full_optimizer_state(parameter, key)
-        return value.detach().float().cpu().clone()
+        return value.detach().to("cpu", torch.float32, copy=True)
 
     def load_state(self, state: EngineState) -> None:
         """Take over a state, on whatever number of ranks it was saved."""
+        steps = state.scalars["adam_step"]
         for master in self._masters():
-            self._optimizer.state[master]["step"].fill_(state.scalars["adam_step"])
-        for name, parameter in self._named.items():
-            self._set_full(parameter, None, state.parameters[name])
-            for key in MOMENTS:
-                self._set_full(parameter, key, state.moments[f"{name}.{key}"])
+            step = int(steps) if self._eight_bit else torch.tensor(steps)
+            self._optimizer.state[master]["step"] = step
+        with self._full_moments(changing=True):
+            for name, parameter in self._named.items():
+                self._set_full(parameter, None, state.parameters[name])
+                for key in MOMENTS:
+                    self._set_full(parameter, key, state.moments[f"{name}.{key}"])
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         for name, value in state.scalars.items():
             if name.startswith("scaler_"):
@@ -279,9 +312,8 @@ def _initialize(
         )
     # The rates are set at every step.
     groups = [{"params": list(entry.values()), "name": name} for name, entry in sets.items()]
-    optimizer = torch.optim.AdamW(
-        groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=phase.weight_decay
-    )
+    kind = eightbit.adamw_8bit if phase.optimizer == "adamw8bit" else torch.optim.AdamW
+    optimizer = kind(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=phase.weight_decay)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

@@ -15,18 +15,21 @@ from types import FrameType
 import psutil
 import torch
 import torch.distributed
+from torch import Tensor
 
 from mera_ds.batch import Batch
 from mera_ds.config import ExecutionConfig, PhaseConfig
 from mera_ds.data.loader import StepLoader
-from mera_ds.distributed import World, main_rank_first, require_equal
+from mera_ds.distributed import World, require_equal
 from mera_ds.errors import Interrupted, NumericError
 from mera_ds.files import failpoint
 from mera_ds.log import Metrics, format_duration, logger
 from mera_ds.model.build import seed_everything
 from mera_ds.train.engine import Engine
+from mera_ds.train.saving import Saver
 from mera_ds.train.schedule import learning_rate_factor
-from mera_ds.train.state import Progress, load_checkpoint, save_checkpoint
+from mera_ds.train.state import Progress, load_checkpoint
+from mera_ds.train.timing import TimeShares
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -59,19 +62,25 @@ def train_phase(
         NumericError: if too many steps were not finite.
         RankError: before the first step, if the ranks would take different steps.
     """
-    require_equal((loader.total_steps, loader.order_hash()), "number of steps and order of data")
+    if world.size > 1:
+        facts = (phase.key, loader.total_steps, loader.order_hash())
+        require_equal(facts, "data and settings, number of steps or order of the data")
     progress = _resume(engine, phase)
     console = _Console(phase.name, progress.step, loader.total_steps)
-    with _stop_signal() as stop:
-        for step, batches in loader.batches(progress.step):
+    saver = Saver(phase.folder, phase.key, execution, world)
+    clock = TimeShares()
+    with _stop_signal() as stop, saver:
+        for step, batches in clock.over(loader.batches(progress.step)):
             failpoint("train.step")
             seed_everything(phase.seed, phase.name, step, world.rank)
-            tokens, stopping = _agree(batches, stop)
+            tokens, stopping, failed = _agree(batches, stop, saver)
+            if failed:
+                saver.finish()
             rates = _rates(phase, step, loader.total_steps)
             started = time.monotonic()
-            loss = _accumulate(engine, batches, tokens)
+            share = _accumulate(engine, batches, tokens)
             applied = engine.step(rates)
-            loss = _sum_over_ranks(loss)
+            loss = _sum_over_ranks(share)
             faulty = not applied and not engine.only_lowered_scale(loss)
             progress = Progress(step + 1, progress.nonfinite_steps + faulty)
             if faulty:
@@ -83,6 +92,7 @@ def train_phase(
                 "lr": next(iter(rates.values())),
                 "tokens_per_second": tokens / max(1e-9, time.monotonic() - started),
                 "memory_gb": _memory_gb(),
+                **clock.shares(),
             }
             metrics.write(phase.name, step + 1, figures)
             console.line(step + 1, figures)
@@ -90,13 +100,16 @@ def train_phase(
             if stopping:
                 break
             if due:
-                _save(engine, phase, progress, execution, world)
-        if _agree((), stop)[1]:
-            _save(engine, phase, progress, execution, world)
+                with clock.spent_on("save_wait"):
+                    _save(engine, saver, progress)
+        if _agree((), stop, saver)[1]:
+            _save(engine, saver, progress)
+            saver.finish()
             raise Interrupted(
                 f"{phase.name}: stopped at step {progress.step} of {loader.total_steps}, saved; "
                 "run the same command to continue"
             )
+        saver.finish()
 
 
 def _resume(engine: Engine, phase: Phase) -> Progress:
@@ -108,38 +121,37 @@ def _resume(engine: Engine, phase: Phase) -> Progress:
     return progress
 
 
-def _save(
-    engine: Engine, phase: Phase, progress: Progress, execution: ExecutionConfig, world: World
-) -> None:
-    state = engine.state()
-    with main_rank_first(world) as mine:
-        if mine:
-            save_checkpoint(phase.folder, phase.key, progress, state, execution.keep_checkpoints)
+def _save(engine: Engine, saver: Saver, progress: Progress) -> None:
+    saver.save(engine.state, progress)
 
 
-def _agree(batches: Sequence[Batch], stop: list[bool]) -> tuple[int, bool]:
-    """Return the global number of supervised tokens, and whether any rank was asked to stop."""
-    own = torch.tensor([sum(batch.supervised_tokens for batch in batches), int(stop[0])])
+def _agree(batches: Sequence[Batch], stop: list[bool], saver: Saver) -> tuple[int, bool, bool]:
+    """Return what all ranks have to know, each from its own part.
+
+    That is the global number of supervised tokens, whether any rank was asked to stop, and whether
+    the last checkpoint could not be written.
+    """
+    tokens = sum(batch.supervised_tokens for batch in batches)
+    own = torch.tensor([tokens, int(stop[0]), int(saver.failed)])
     if torch.distributed.get_world_size() > 1:
         own = own.to("cuda") if torch.cuda.is_available() else own
         torch.distributed.all_reduce(own)
-    tokens, stopping = own.tolist()
-    return tokens, stopping > 0
+    tokens, stopping, failed = own.tolist()
+    return tokens, stopping > 0, failed > 0
 
 
-def _sum_over_ranks(value: float) -> float:
-    total = torch.tensor(value, dtype=torch.float64)
+def _sum_over_ranks(value: Tensor) -> float:
     if torch.distributed.get_world_size() > 1:
-        total = total.to("cuda") if torch.cuda.is_available() else total
-        torch.distributed.all_reduce(total)
-    return float(total)
+        torch.distributed.all_reduce(value)
+    return float(value)
 
 
-def _accumulate(engine: Engine, batches: Sequence[Batch], tokens: int) -> float:
+def _accumulate(engine: Engine, batches: Sequence[Batch], tokens: int) -> Tensor:
     last = len(batches) - 1
-    return sum(
+    losses = [
         engine.backward(batch, tokens, position == last) for position, batch in enumerate(batches)
-    )
+    ]
+    return torch.stack(losses).sum()
 
 
 def _rates(phase: Phase, step: int, total: int) -> dict[str, float]:

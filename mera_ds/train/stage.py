@@ -9,7 +9,7 @@ from torch import Tensor
 from mera_ds.batch import pad_features
 from mera_ds.checkpoint import NewDelta, is_finished, write_product
 from mera_ds.config import PhaseConfig, RunConfig, resolve_path
-from mera_ds.data.dataset import TRAIN, ModalityData, UnitReader
+from mera_ds.data.dataset import TRAIN, ModalityData, UnitReader, UnitRef
 from mera_ds.data.loader import LoaderSettings, MixturePart, StepLoader
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.data.replay import replay_sample
@@ -113,8 +113,12 @@ def fit_connector(model: MultimodalLM, part: MixturePart, modality: str) -> None
     assert isinstance(connector, Connector)
     if not connector.fits_data:
         return
-    media = {(unit.reader, unit.medium): unit for unit in part.units}
-    units = list(media.values())[:FIT_MEDIA]
+    media: dict[tuple[int, int], UnitRef] = {}
+    for unit in part.units:
+        media.setdefault((unit.reader, unit.medium), unit)
+        if len(media) == FIT_MEDIA:
+            break
+    units = list(media.values())
     rows: list[Tensor] = []
     for start in range(0, len(units), ENCODE_BATCH):
         samples = [part.reader.read(unit) for unit in units[start : start + ENCODE_BATCH]]

@@ -23,15 +23,31 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, key: str, progress: Progress, state: EngineState, keep: int
-) -> None:
-    """Write `step-000400/` atomically, then remove all but the newest `keep`.
+    folder: Path,
+    key: str,
+    progress: Progress,
+    state: EngineState,
+    *,
+    keep: int,
+    keep_every: int = 0,
+) -> int:
+    """Write `step-000400/` atomically, then remove older ones; return its size in bytes.
+
+    Args:
+        folder: the phase's folder.
+        key: the key of the product that the phase makes.
+        progress: where the phase stands.
+        state: what the engine gave.
+        keep: how many of the newest stay.
+        keep_every: those whose step is a multiple of this stay as well; 0: none.
 
     Raises:
         ResourceError: if the disk is full; earlier checkpoints stay.
+        DataError: if a value is not finite; nothing is written.
     """
     tensors = [*state.parameters.values(), *state.moments.values()]
-    require_space(folder, sum(tensor.numel() * 4 for tensor in tensors) + 1_000_000)
+    size = sum(tensor.nbytes for tensor in tensors)
+    require_space(folder, size + 1_000_000)
     with committed_folder(folder / f"step-{progress.step:06d}") as target:
         files = {
             name: save_tensors(target / f"{name}.safetensors", entry)
@@ -46,8 +62,10 @@ def save_checkpoint(
             "files": files,
         }
         write_json(target / "state.json", facts)
-    for outdated in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(outdated)
+    for older in _checkpoints(folder)[:-keep]:
+        if keep_every == 0 or _step(older) % keep_every:
+            shutil.rmtree(older)
+    return size
 
 
 def load_checkpoint(folder: Path, key: str) -> tuple[Progress, EngineState] | None:
@@ -84,3 +102,7 @@ def remove_checkpoints(folder: Path) -> None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(PATTERN) if (path / "state.json").exists())
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))

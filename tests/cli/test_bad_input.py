@@ -342,11 +342,19 @@ def fill_names(disk: Path) -> None:
 
 @pytest.mark.slow
 class TestFullDisk:
-    @pytest.mark.parametrize(("fill", "save_every"), [(fill_space, 3), (fill_names, 1000)])
+    @pytest.mark.parametrize(
+        ("fill", "save_every", "saving"),
+        [
+            (fill_space, 3, "background"),
+            (fill_names, 3, "blocking"),
+            (fill_names, 1000, "blocking"),
+        ],
+    )
     def test_earlier_checkpoints_stay_and_training_continues(
         self,
         fill: Callable[[Path], None],
         save_every: int,
+        saving: str,
         fresh: Path,
         merged_template: Path,
         disk: Path,
@@ -360,7 +368,8 @@ class TestFullDisk:
         phase = folder / "stages/01-image/align"
         assert sorted(path.name for path in phase.iterdir()) == ["step-000003", "step-000006"]
         fill(disk)
-        message = refused(f"python {step} execution.save_every={save_every}", 5, folder / "stages")
+        settings = f"execution.save_every={save_every} execution.saving={saving}"
+        message = refused(f"python {step} {settings}", 5, folder / "stages")
         assert str(phase.parent) in message
         assert "free some space" in message
         shutil.rmtree(disk / "filler")

@@ -209,6 +209,16 @@ class TestEncoding:
         assert [len(one.media) for one in stored] == [4, 2, 1]
         torch.testing.assert_close(model(batch(raw)), model(batch(stored)))
 
+    def test_encoders_run_outside_of_autograd(self) -> None:
+        encoder = build_encoder("tiny-audio", {"feature_dim": FEATURE_DIM}, None)
+        encoder.requires_grad_(True)
+        model = tiny_model()
+        model._encoders["image"] = encoder
+        raw = dataclasses.replace(
+            sample(0), media=torch.rand(4, encoder.input_width), encoded=False
+        )
+        assert not model.encode([raw]).values.requires_grad
+
     def test_encoders_are_no_part_of_the_model(self) -> None:
         encoder = build_encoder("tiny-image", {}, None)
         model = MultimodalLM(tiny_llm(), {}, {"image": encoder}, 64)

@@ -65,6 +65,8 @@ class Task:
     modalities: tuple[str, ...] = ("image",)
     lora: bool = False
     dtype: str = "fp32"
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+    """Other settings of the backbone."""
     settings: PhaseConfig = SETTINGS
     execution: ExecutionConfig = field(default_factory=lambda: ExecutionConfig(zero=1))
     units: int = 64
@@ -187,9 +189,8 @@ def build_trainee(task: Task) -> tuple[MultimodalLM, Sets]:
 
 def _config(task: Task) -> RunConfig:
     config = load_config(task.run)
-    return dataclasses.replace(
-        config, backbone=dataclasses.replace(config.backbone, dtype=task.dtype)
-    )
+    changes = {"dtype": task.dtype, **task.backbone}
+    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, **changes))
 
 
 def prepare() -> World:

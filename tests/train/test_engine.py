@@ -20,6 +20,7 @@ import torch
 from mera_ds.config import REPOSITORY, ExecutionConfig
 from mera_ds.distributed import World, process_group
 from mera_ds.errors import InputError
+from mera_ds.files import read_json
 from mera_ds.train.engine import Engine, engine_config
 
 from .problem import (
@@ -202,16 +203,26 @@ def test_every_task_and_stage_trains_as_plain_torch(
 
 @pytest.mark.slow
 def test_other_engine_settings_train_the_same(run: Path, tmp_path: Path, plain: Plain) -> None:
-    """Offloading; and cutting all parameters, for which the tiny ones are too small by default."""
+    """Offloading; cutting all parameters, for which the tiny ones are too small by default; both;
+    and computing activations again when parameters are cut."""
+    offloads = {zero: REPOSITORY / "ds_configs" / f"zero{zero}-offload.json" for zero in (2, 3)}
+    cut, both = tmp_path / "cut.json", tmp_path / "both.json"
     settings = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
-    cut = tmp_path / "cut.json"
     cut.write_text(json.dumps({"zero_optimization": settings}))
-    files = {2: REPOSITORY / "ds_configs" / "zero2-offload.json", 3: cut}
+    offload = read_json(offloads[3])
+    offload["zero_optimization"] |= settings
+    both.write_text(json.dumps(offload))
     cases = {
-        f"{name}-zero{zero}": TASKS[name](run).using(zero=zero, ds_config=str(path))
+        f"{name}-{path.stem}": TASKS[name](run).using(zero=zero, ds_config=str(path))
         for name in ("tune", "realign")
-        for zero, path in files.items()
+        for zero, path in ((2, offloads[2]), (3, cut))
     }
+    tune = cases["tune-cut"]
+    for setting in ("all", "selective"):
+        backbone = {"gradient_checkpointing": setting}
+        cases[f"tune-{setting}"] = dataclasses.replace(tune, backbone=backbone)
+    for path in (offloads[3], both):
+        cases[f"tune-{path.stem}"] = tune.using(ds_config=str(path))
     results = _train(run, tmp_path, 2, cases)
     for name in cases:
         _assert_exact(_result(results, name), plain(name.partition("-")[0]))

@@ -187,7 +187,10 @@ def test_a_lost_rank_ends_the_others(
 
 @pytest.mark.slow
 def test_another_stage_and_number_of_ranks_continue(fresh: Path) -> None:
-    """Connector and LoRA, ZeRO 1 to 3 to 2, two ranks to one; dropout is off for the comparison."""
+    """Connector and LoRA; dropout is off for the comparison.
+
+    One rank to two to one, ZeRO 1 to 3 to 2, the optimizer in the GPU's memory and then in the host's.
+    """
     config = fresh / "config.yaml"
     write_bytes(
         config, config.read_bytes().replace(b"norm: data", b"norm: data\n        dropout: 0.0")
@@ -197,9 +200,17 @@ def test_another_stage_and_number_of_ranks_continue(fresh: Path) -> None:
         Path(shutil.copytree(fresh, fresh.with_name(name))) for name in ("straight", "changing")
     )
     assert _start(straight, phase="tune").wait()[0].exit_code == 0
-    for zero, ranks, failpoint in ((1, 2, "train.step:3"), (3, 2, "train.step:3"), (2, 1, "")):
-        zero_n = f"execution.zero={zero}"
-        ended = _start(changing, zero_n, failpoint=failpoint, ranks=ranks, phase="tune").wait()
+    killed = "train.step:3"
+    for zero, offload, ranks, failpoint in (
+        (1, False, 1, killed),
+        (3, True, 2, killed),
+        (2, True, 1, ""),
+    ):
+        settings = [f"execution.zero={zero}"]
+        if offload:
+            path = REPOSITORY / "ds_configs" / f"zero{zero}-offload.json"
+            settings.append(f"execution.ds_config={path}")
+        ended = _start(changing, *settings, failpoint=failpoint, ranks=ranks, phase="tune").wait()
         assert (ended[0].exit_code == 0) == (not failpoint), ended[0].log
     assert losses(changing, "01-audio/tune") == pytest.approx(
         losses(straight, "01-audio/tune"), rel=1e-6
@@ -230,11 +241,15 @@ def long(make_tiny_run: MakeRun) -> Path:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    ("number", "saving"),
+    [
+        (signal.SIGTERM, "background"),
+        pytest.param(signal.SIGINT, "blocking", marks=pytest.mark.slow),
+    ],
 )
-def test_a_stop_signal_saves_at_the_next_step(number: int, long: Path) -> None:
+def test_a_stop_signal_saves_at_the_next_step(number: int, saving: str, long: Path) -> None:
     undisturbed = Path(shutil.copytree(long, long.with_name("undisturbed")))
-    ranks = _start(long)
+    ranks = _start(long, f"execution.saving={saving}")
     _wait_for_steps(long, 2, ranks)
     ranks.signal(number)
     (stopped,) = ranks.wait()

@@ -19,8 +19,11 @@ def _state(value: float) -> EngineState:
     return EngineState({NAME: tensor}, moments, {"adam_step": 4.0, "scaler_cur_iter": 7})
 
 
-def _save(folder: Path, step: int, keep: int = 2) -> None:
-    save_checkpoint(folder, "key", Progress(step, nonfinite_steps=1), _state(step), keep)
+def _save(folder: Path, step: int, keep: int = 2, keep_every: int = 0) -> int:
+    progress = Progress(step, nonfinite_steps=1)
+    return save_checkpoint(
+        folder, "key", progress, _state(float(step)), keep=keep, keep_every=keep_every
+    )
 
 
 def _names(folder: Path) -> list[str]:
@@ -53,6 +56,19 @@ def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
     found = load_checkpoint(tmp_path, "key")
     assert found is not None
     assert found[0].step == 101
+
+
+def test_every_nth_is_kept_too(tmp_path: Path) -> None:
+    for step in range(2, 21, 2):
+        _save(tmp_path, step, keep=2, keep_every=6)
+    assert _names(tmp_path) == [f"step-0000{step:02d}" for step in (6, 12, 18, 20)]
+
+
+def test_its_size_is_told(tmp_path: Path) -> None:
+    size = _save(tmp_path, 5)
+    assert size == 3 * 3 * 2 * 4, "a parameter and two moments, fp32"
+    files = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert size < files < size + 1000
 
 
 def test_an_unfinished_checkpoint_is_not_loaded(tmp_path: Path) -> None:
