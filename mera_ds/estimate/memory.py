@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mera_ds.config import Recomputation
 from mera_ds.estimate.shape import Shape
 
 SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -33,7 +34,7 @@ class Training:
     lora_rank: int
     """0: the backbone has no LoRA (align, realign)."""
     dropout: float
-    recompute: bool | int | str
+    recompute: Recomputation
     """`backbone.gradient_checkpointing`."""
     rows: int
     """Samples of a micro-batch."""
@@ -113,7 +114,7 @@ def training_memory(training: Training, device: Device) -> dict[str, float]:
     }
 
 
-def _recomputed(recompute: bool | int | str, layers: int) -> int:
+def _recomputed(recompute: Recomputation, layers: int) -> int:
     """Return how many blocks are computed again."""
     if isinstance(recompute, str):
         return 0 if recompute == "none" else layers

@@ -1,5 +1,6 @@
 """Estimates of a plan's steps."""
 
+import itertools
 import json
 import math
 import statistics
@@ -109,7 +110,8 @@ class Estimator:
     def _training(self, step: TrainStep) -> Estimate:
         settings, execution = self._config.phase(step.phase), self._config.execution
         rank = self._config.lora.rank if LORA in step.trainable else 0
-        recompute = bool(self._config.backbone.gradient_checkpointing)
+        # Selective recomputation does no product again.
+        recompute = self._config.backbone.gradient_checkpointing not in ("none", "selective", 0)
         samples, flops, longest, features, from_paper = 0, 0.0, 0.0, 0.0, False
         for part in step.data:
             encoder = self._encoder(part.modality)
@@ -161,6 +163,8 @@ class Estimator:
             encoders=sum(self._encoder_bytes(part.modality) for part in step.data),
             zero=execution.zero,
             ranks=ranks,
+            moment_bytes=2.0 if settings.optimizer == "adamw8bit" else 8.0,
+            embedding_on_device=backbone.embedding_device == "same",
         )
         return total(training_memory(training, self._speed.device))
 
@@ -216,7 +220,7 @@ def seconds_per_step(run: Path, name: str) -> float | None:
             times += [float(row["time"])] if row["name"] == name else []
         except (ValueError, KeyError, TypeError):  # the last line of a killed run
             continue
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return statistics.median(gaps) if len(gaps) >= LEAST_STEPS else None
 
 
