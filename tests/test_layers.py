@@ -22,14 +22,14 @@ LAYERS = (
     {"train", "evaluate"},
     {"methods"},
     {"sequence", "modality"},
-    {"report", "cli"},
+    {"estimate", "report", "cli"},
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 PEERS_MAY_IMPORT = (0, 1, 7)
 """Layers whose units build on each other (never in a circle); in the others they may not."""
 WITHOUT_TORCH = (
     *("errors", "files", "settings", "mergeconfig", "config", "plan", "methods"),
-    *("machine", "manifest", "media", "doctor", "report", "cli"),
+    *("machine", "manifest", "media", "doctor", "estimate", "report", "cli"),
 )
 READ_TORCH_FILES = (
     *("mera_ds/pocket/", "mera_ds/model/official.py"),

@@ -1,5 +1,7 @@
 """Every shipped profile: it is whole, and every method can make a plan of it."""
 
+import dataclasses
+
 import pytest
 
 from mera_ds.config import RunConfig, load_profile, profile_names
@@ -15,7 +17,33 @@ def config(request: pytest.FixtureRequest) -> RunConfig:
 
 
 def test_there_are_profiles() -> None:
-    assert {"a6000-fp16", "pocket", "tiny"} <= set(profile_names())
+    names = {"a6000-fp16", "24g-fp16", "h200-bf16", "pocket", "tiny"}
+    assert names <= set(profile_names())
+
+
+@pytest.mark.parametrize("name", ["24g-fp16", "h200-bf16"])
+def test_it_trains_as_the_paper_does_on_another_card(name: str) -> None:
+    """Batches, rates, data and model are the paper's; the card decides how they are computed."""
+    config, paper = load_profile(name), load_profile("a6000-fp16")
+    free = {
+        "backbone": dataclasses.replace(
+            config.backbone,
+            dtype=paper.backbone.dtype,
+            gradient_checkpointing=paper.backbone.gradient_checkpointing,
+            embedding_device=paper.backbone.embedding_device,
+        ),
+        **{
+            phase: dataclasses.replace(config.phase(phase), optimizer="adamw")
+            for phase in ("align", "tune", "realign")
+        },
+        "evaluate": dataclasses.replace(config.evaluate, batch_size=paper.evaluate.batch_size),
+    }
+    same = ("profile", "description", "modalities", "execution")
+    changed = dataclasses.replace(config, **free, **{key: getattr(paper, key) for key in same})
+    assert changed == paper
+    for modality, entry in config.modalities.items():
+        assert entry.connector == paper.modalities[modality].connector
+        assert entry.encoder.weights == paper.modalities[modality].encoder.weights
 
 
 @pytest.mark.parametrize("method", METHODS)

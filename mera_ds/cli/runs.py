@@ -93,14 +93,21 @@ def _build_inside(config: RunConfig, folder: Path) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    """Print every step, with the work that it is."""
+    """Print every step, with the work that it is and an estimate of what it takes."""
+    from mera_ds.cli.estimates import describe_estimates
     from mera_ds.sequence import open_run
 
     for folder in arguments.runs:
         run = open_run(folder)
         print(f"{folder}: {run.plan.method} on {' → '.join(run.config.order)}")
-        for number, step in enumerate(run.plan.steps, start=1):
+        estimates, below = describe_estimates(run)
+        for number, (step, estimate) in enumerate(
+            zip(run.plan.steps, estimates, strict=True), start=1
+        ):
             print(f"  {number:2d}  {step.name:24s} {_describe(run, step)}")
+            print(f"      {'':24s} {estimate}")
+        for line in below:
+            print(f"  {line}")
         if missing_paths(run.config, folder):
             print(f"  files are missing: run 'mera-ds doctor {folder}'")
 

@@ -21,7 +21,9 @@ EXPECTED: Mapping[str, Mapping[str, Any]] = {
     "meta-llama-3-8b-instruct": {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": 4096,
+        "intermediate_size": 14336,
         "num_hidden_layers": 32,
+        "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     }

@@ -37,7 +37,7 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
         InputError: if the folder is no causal language model that transformers knows.
     """
     transformers.utils.logging.disable_progress_bar()
-    attention, reason = _attention(config)
+    attention, reason = choose_attention(config)
     try:
         llm = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -49,6 +49,16 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"backbone.path: no model can be loaded from {folder}: {error}") from None
     _refuse_scaled_logits(llm, folder)
+    prepare_backbone(llm, config)
+    logger.info(
+        *("backbone %s (%s) in %s, attention %s (%s)", folder.name, type(llm).__name__),
+        *(config.dtype, attention, reason),
+    )
+    return llm
+
+
+def prepare_backbone(llm: PreTrainedModel, config: BackboneConfig) -> None:
+    """Freeze a language model and set it up for training and for greedy decoding."""
     llm.requires_grad_(False)
     llm.config.use_cache = False
     # Its own sampling settings and penalties would change what greedy decoding says.
@@ -56,11 +66,6 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
     set_recomputation(llm, config.gradient_checkpointing)
     if config.embedding_device == "cpu":
         keep_embedding_on_host(llm)
-    logger.info(
-        *("backbone %s (%s) in %s, attention %s (%s)", folder.name, type(llm).__name__),
-        *(config.dtype, attention, reason),
-    )
-    return llm
 
 
 def generation_ends(llm: Any) -> set[int]:
@@ -83,7 +88,7 @@ def _refuse_scaled_logits(llm: PreTrainedModel, folder: Path) -> None:
             )
 
 
-def _attention(config: BackboneConfig) -> tuple[str, str]:
+def choose_attention(config: BackboneConfig) -> tuple[str, str]:
     """Return which attention is used, and why.
 
     Raises:

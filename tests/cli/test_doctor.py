@@ -77,7 +77,7 @@ def test_a_plan_is_printed_without_the_files(
     run = make_tiny_run(*SHARDS, "backbone.path={weights}/llama")
     assert main(["plan", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 3 + 3 * 5 + 1
+    assert len(lines) == 1 + 2 * (3 + 3 * 5) + 2
     assert "of image: steps of 16, through all 20 times  from the bare backbone" in lines[1]
     assert lines[-1] == f"  files are missing: run 'mera-ds doctor {run}'"
 

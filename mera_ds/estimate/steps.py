@@ -1,0 +1,232 @@
+"""Estimates of a plan's steps."""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mera_ds.config import RunConfig, resolve_path
+from mera_ds.errors import MeraError
+from mera_ds.estimate.device import UTILISATION, Speed
+from mera_ds.estimate.memory import SIZE, Training, inference_memory, total, training_memory
+from mera_ds.estimate.parts import Part, connector_part, encoder_part
+from mera_ds.estimate.shape import read_shape
+from mera_ds.estimate.work import (
+    Texts,
+    forward_flops,
+    judge_dollars,
+    text_tokens,
+    texts_of,
+    training_flops,
+)
+from mera_ds.plan import LORA, DataPart, EvaluateStep, MergeStep, Step, TrainStep
+
+ANSWER_TOKENS = 14
+"""Assumed length of what is generated."""
+MERGE_SECONDS = 5.0
+LEAST_STEPS = 5
+"""From so many steps on, the time that a step takes is measured rather than estimated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a step takes."""
+
+    samples: int = 0
+    steps: int = 0
+    """Optimizer steps."""
+    memory: float = 0.0
+    """Peak of one rank, in bytes: allocated on a GPU, resident on a CPU."""
+    seconds: float = 0.0
+    measured: bool = False
+    """Whether `seconds` comes from steps that were done."""
+    disk: float = 0.0
+    """Bytes that stay."""
+    disk_meanwhile: float = 0.0
+    """Bytes of checkpoints that are there while it runs."""
+    judge_calls: int = 0
+    dollars: float | None = None
+    from_paper: bool = False
+    """Whether data is missing and the paper's sizes were taken."""
+
+
+class Estimator:
+    """Estimates for one run on one device."""
+
+    def __init__(self, config: RunConfig, run: Path, speed: Speed) -> None:
+        """Read the backbone's size.
+
+        Raises:
+            InputError: if it is not known.
+        """
+        self._config = config
+        self._run = run
+        self._speed = speed
+        self._shape = read_shape(resolve_path(config.backbone.path, run))
+        self._encoder = cache(self._find_encoder)
+        self._connector = cache(self._find_connector)
+
+    def estimate(self, step: Step) -> Estimate:
+        """Return what a step takes.
+
+        Raises:
+            InputError: if what it depends on is missing.
+            DataError: if it is damaged.
+        """
+        if isinstance(step, MergeStep):
+            return Estimate(seconds=MERGE_SECONDS)
+        if isinstance(step, EvaluateStep):
+            return self._evaluation(step)
+        return self._training(step)
+
+    def _find_encoder(self, modality: str) -> Part:
+        return encoder_part(self._config.modalities[modality], self._run)
+
+    def _find_connector(self, modality: str) -> tuple[int, int]:
+        settings = self._config.modalities[modality]
+        return connector_part(settings, self._encoder(modality), self._shape.width)
+
+    def _encoder_bytes(self, modality: str) -> float:
+        options = self._config.modalities[modality].encoder.options
+        return self._encoder(modality).parameters * SIZE[str(options.get("dtype", "fp32"))]
+
+    def _texts(self, part: DataPart, tasks: Sequence[str]) -> list[Texts]:
+        return texts_of(self._config, self._run, part.modality, "train", tasks)
+
+    def _row(self, modality: str, texts: Texts) -> tuple[float, float]:
+        """Return the mean and the greatest length of a row in tokens."""
+        prompt, settings = self._config.prompt, self._config.modalities[modality]
+        media = self._connector(modality)[1]
+        lengths = [
+            media + text_tokens(prompt, settings.caption_prompt, texts.task, chars)
+            for chars in (texts.chars, texts.longest)
+        ]
+        return lengths[0], min(lengths[1], prompt.max_length)
+
+    def _training(self, step: TrainStep) -> Estimate:
+        settings, execution = self._config.phase(step.phase), self._config.execution
+        rank = self._config.lora.rank if LORA in step.trainable else 0
+        # Selective recomputation does no product again.
+        recompute = self._config.backbone.gradient_checkpointing not in ("none", "selective", 0)
+        samples, flops, longest, features, from_paper = 0, 0.0, 0.0, 0.0, False
+        for part in step.data:
+            encoder = self._encoder(part.modality)
+            for texts in self._texts(part, settings.tasks):
+                count = math.ceil(texts.count * part.percent / 100)
+                mean, most = self._row(part.modality, texts)
+                labels = mean - self._connector(part.modality)[1]
+                flops += count * training_flops(self._shape, mean, labels, rank, recompute)
+                flops += count * encoder.flops * (execution.features == "online")
+                features += texts.media * encoder.tokens * encoder.width * 4
+                samples += count
+                longest = max(longest, most)
+                from_paper = from_paper or texts.from_paper
+        steps = math.ceil(samples / settings.batch_size) * settings.epochs
+        steps = min(steps, settings.max_steps or steps)
+        flops *= steps * settings.batch_size / max(1, samples)
+        trainable = sum(self._connector(part.modality)[0] for part in step.data)
+        trainable += self._shape.lora(rank) if rank else 0
+        rate = self._speed.flops * UTILISATION[self._speed.device] * execution.processes
+        per_step = seconds_per_step(self._run, step.name)
+        cached = execution.features == "cached" and step.phase == "align"
+        return Estimate(
+            samples=samples,
+            steps=steps,
+            memory=self._training_memory(step, rank, math.ceil(longest)),
+            seconds=flops / rate if per_step is None else steps * per_step,
+            measured=per_step is not None,
+            disk=4 * trainable + (features if cached else 0),
+            disk_meanwhile=12 * trainable * execution.keep_checkpoints,
+            from_paper=from_paper,
+        )
+
+    def _training_memory(self, step: TrainStep, rank: int, longest: int) -> float:
+        backbone, execution = self._config.backbone, self._config.execution
+        ranks = execution.processes
+        settings = self._config.phase(step.phase)
+        rows = min(execution.micro_batch_size, math.ceil(settings.batch_size / ranks))
+        media = max(self._connector(part.modality)[1] for part in step.data)
+        training = Training(
+            shape=self._shape,
+            dtype=backbone.dtype,
+            lora_rank=rank,
+            dropout=self._config.lora.dropout,
+            recompute=backbone.gradient_checkpointing,
+            rows=rows,
+            length=longest,
+            labels=rows * max(1, longest - media) // 2,
+            connectors=sum(self._connector(part.modality)[0] for part in step.data),
+            encoders=sum(self._encoder_bytes(part.modality) for part in step.data),
+            zero=execution.zero,
+            ranks=ranks,
+            moment_bytes=2.0 if settings.optimizer == "adamw8bit" else 8.0,
+            embedding_on_device=backbone.embedding_device == "same",
+        )
+        return total(training_memory(training, self._speed.device))
+
+    def _evaluation(self, step: EvaluateStep) -> Estimate:
+        settings = self._config.evaluate
+        weights = self._shape.parameters * SIZE[self._config.backbone.dtype]
+        new = min(ANSWER_TOKENS, settings.max_new_tokens)
+        items, calls, longest, seconds, dollars, from_paper = 0, 0, 0.0, 0.0, 0.0, False
+        for modality in step.modalities:
+            for texts in texts_of(self._config, self._run, modality, "test", ("caption", "qa")):
+                count = texts.count if texts.task == "qa" else min(texts.media, texts.count)
+                count = min(count, settings.limit or count)
+                mean, most = self._row(modality, texts)
+                prompts = count * mean * forward_flops(self._shape, mean)
+                batches = math.ceil(count / settings.batch_size)
+                rate = self._speed.flops * UTILISATION[self._speed.device]
+                seconds += prompts / rate + batches * new * weights / self._speed.bandwidth
+                seconds += count * self._encoder(modality).flops / rate
+                longest = max(longest, most)
+                items += count
+                from_paper = from_paper or texts.from_paper
+                if texts.task == "qa":
+                    calls += count if settings.judge == "openai" else 0
+                    dollars += judge_dollars(self._config, count, texts.chars) or 0.0
+        memory = inference_memory(
+            self._speed.device,
+            self._shape,
+            self._config.backbone.dtype,
+            settings.batch_size,
+            math.ceil(longest) + settings.max_new_tokens,
+            sum(self._encoder_bytes(name) for name in step.modalities),
+            sum(self._connector(name)[0] for name in step.modalities),
+        )
+        return Estimate(
+            samples=items,
+            memory=memory,
+            seconds=seconds,
+            judge_calls=calls,
+            dollars=dollars if calls else None,
+            from_paper=from_paper,
+        )
+
+
+def seconds_per_step(run: Path, name: str) -> float | None:
+    """Return what a step of a phase took, by the run's own figures; None if it did too few."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return None
+    times = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+            times += [float(row["time"])] if row["name"] == name else []
+        except (ValueError, KeyError, TypeError):  # the last line of a killed run
+            continue
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    return statistics.median(gaps) if len(gaps) >= LEAST_STEPS else None
+
+
+def try_estimate(estimator: Estimator, step: Step) -> Estimate | str:
+    """Return a step's estimate, or why there is none."""
+    try:
+        return estimator.estimate(step)
+    except MeraError as error:
+        return str(error)
