@@ -1,4 +1,4 @@
-"""The figures of a report as PNG: gains over the stages (paper: Figures 2 and 3) and scores.
+"""The figures of a report as PNG and SVG: gains over the stages (paper: Figures 2 and 3) and scores.
 
 Readable at the width of one printed column and in grey: every method has its own marker and line.
 """
@@ -7,11 +7,13 @@ import io
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -21,6 +23,15 @@ from mera_ds.report.summary import GAINS, Column, Section
 
 COLUMN_INCHES = 3.5
 PAGE_INCHES = 7.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, drawn."""
+
+    png: bytes
+    svg: bytes
+
 
 _Look = tuple[str, Any, str]
 _Looks = dict[tuple[str, str], _Look]
@@ -52,13 +63,14 @@ _STYLE: dict[str, Any] = {
     "legend.fontsize": 7,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
+    "svg.hashsalt": "mera-ds",
 }
 _RULE = "#555555"
 _DOTS: Any = (0, (1, 1))
 _UNITS = {"caption": "CIDEr × 100", "qa": "Accuracy (0 to 1)"}
 
 
-def gains_figure(sections: Sequence[Section]) -> bytes:
+def gains_figure(sections: Sequence[Section]) -> Picture:
     """Draw Backward (left) and Forward (right) Relative Gain by stage, averaged over orders.
 
     A hollow marker is a mean over some of the runs only: the others have no value there.
@@ -83,10 +95,10 @@ def gains_figure(sections: Sequence[Section]) -> bytes:
             loc="outside lower center",
             ncols=2,
         )
-        return _png(figure)
+        return _picture(figure)
 
 
-def scores_figure(sections: Sequence[Section]) -> bytes:
+def scores_figure(sections: Sequence[Section]) -> Picture:
     """Draw each test set's score over the stages: a column a modality, a row a task and order."""
     looks = _looks(sections)
     partial = False
@@ -118,7 +130,7 @@ def scores_figure(sections: Sequence[Section]) -> bytes:
         handles += [_rule("expert", "-")] if any(s.experts for s in sections) else []
         handles.append(_rule("majority class", _DOTS))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, 2 * width))
-        return _png(figure)
+        return _picture(figure)
 
 
 def _draw_scores(
@@ -187,8 +199,10 @@ def _looks(sections: Sequence[Section]) -> _Looks:
     return {name: _LOOKS[number % len(_LOOKS)] for number, name in enumerate(names)}
 
 
-def _png(figure: Figure) -> bytes:
+def _picture(figure: Figure) -> Picture:
     """Render without a software version or date: the same numbers give the same bytes."""
-    target = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(target, metadata={"Software": None})
-    return target.getvalue()
+    png, svg = io.BytesIO(), io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    FigureCanvasSVG(figure).print_svg(svg, metadata=nothing)
+    return Picture(png.getvalue(), svg.getvalue())

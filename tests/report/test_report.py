@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from mera_ds.report import write_report
+from mera_ds.report.render import WIDTH, Table, to_text
 from mera_ds.report.results import read_runs
 from mera_ds.report.summary import summarise
-from mera_ds.report.tables import WIDTH, Table, to_text
 
 MakeRun = Callable[..., Path]
 
