@@ -4,10 +4,12 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mera_ds.log import PROCESSES
 from mera_ds.manifest import MANIFEST, read_manifest
 from mera_ds.plan import TrainStep, load_plan
 from mera_ds.report.results import Run
@@ -43,23 +45,26 @@ class _Log:
 
     folder: Path
     rows: Mapping[str, list[dict[str, Any]]]
-    hardware: tuple[str, ...]
-    ranks: int
+    processes: tuple[dict[str, Any], ...]
+    """In the order in which they started."""
 
-    def key(self, output: str) -> str | None:
-        """Return the key of a product of the run."""
-        product = self.folder / output
-        return read_manifest(product).key if (product / MANIFEST).exists() else None
+    def process(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what is known of the process that wrote a row; of old runs nothing."""
+        before = [entry for entry in self.processes if entry["time"] <= row["time"]]
+        return before[-1] if before else {}
+
+    @cached_property
+    def keys(self) -> Mapping[Path, str]:
+        """Return the key of every product of the run, by folder."""
+        manifests = sorted(self.folder.glob(f"stages/*/*/{MANIFEST}"))
+        return {path.parent: read_manifest(path.parent).key for path in manifests}
 
 
 def _read(folder: Path) -> _Log:
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in _lines(folder / "metrics.jsonl"):
         rows.setdefault(row["name"], []).append(row)
-    processes = _lines(folder / "processes.jsonl")
-    hardware = tuple(dict.fromkeys(row["hardware"] for row in processes))
-    ranks = max((row["ranks"] for row in processes), default=1)
-    return _Log(folder, rows, hardware, ranks)
+    return _Log(folder, rows, tuple(_lines(folder / PROCESSES)))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -78,24 +83,27 @@ def _cost(run: Run, own: _Log, logs: Sequence[_Log]) -> Cost:
     steps = load_plan(path).steps if path.exists() else ()
     seconds: list[float | None] = []
     memory: list[float] = []
-    machines = dict.fromkeys(own.hardware)
+    machines: list[str] = []
     for step in steps:
         if not isinstance(step, TrainStep):
             continue
         log = _where(step, own, logs)
         rows = log.rows.get(step.name, []) if log else []
-        seconds.append(_seconds(rows) * log.ranks if log and len(rows) > 1 else None)
+        process = log.process(rows[-1]) if log and rows else {}
+        seconds.append(_seconds(rows) * process.get("ranks", 1) if len(rows) > 1 else None)
         memory += [row["memory_gb"] for row in rows]
-        machines |= dict.fromkeys(log.hardware if log else ())
+        machines += [process["hardware"]] if process else []
     known = [entry for entry in seconds if entry is not None]
     said = [row for name, rows in own.rows.items() if name.startswith("generate/") for row in rows]
     items = sum(row["items"] for row in said)
+    spent = sum(row["seconds"] * own.process(row).get("ranks", 1) for row in said)
+    machines += [own.process(row)["hardware"] for row in said if own.process(row)]
     return Cost(
         train_hours=sum(known) / 3600 if known and len(known) == len(seconds) else None,
         train_memory_gb=max(memory, default=None),
-        generate_seconds=own.ranks * sum(r["seconds"] for r in said) / items if items else None,
+        generate_seconds=spent / items if items else None,
         generate_memory_gb=max((row["memory_gb"] for row in said), default=None),
-        hardware=tuple(machines),
+        hardware=tuple(dict.fromkeys(machines)),
     )
 
 
@@ -103,8 +111,8 @@ def _where(step: TrainStep, own: _Log, logs: Sequence[_Log]) -> _Log | None:
     """Return the log of the run that made a step's product."""
     if step.name in own.rows:
         return own
-    key = own.key(step.output)
-    others = [log for log in logs if step.name in log.rows and log.key(step.output) == key]
+    key = own.keys.get(own.folder / step.output)
+    others = [log for log in logs if step.name in log.rows and key in log.keys.values()]
     return others[0] if key is not None and others else None
 
 

@@ -1,4 +1,4 @@
-"""The figures of a report as PNG and SVG: gains over the stages (paper: Figures 2 and 3) and scores.
+"""The figures of a report: gains over the stages (paper: Figures 2 and 3) and scores.
 
 Readable at the width of one printed column and in grey: every method has its own marker and line.
 """
@@ -31,6 +31,8 @@ class Picture:
 
     png: bytes
     svg: bytes
+    inches: float
+    """Width."""
 
 
 _Look = tuple[str, Any, str]
@@ -99,7 +101,10 @@ def gains_figure(sections: Sequence[Section]) -> Picture:
 
 
 def scores_figure(sections: Sequence[Section]) -> Picture:
-    """Draw each test set's score over the stages: a column a modality, a row a task and order."""
+    """Draw each test set's score over the stages: a column a modality, a row a task and order.
+
+    Bars are the sample standard deviation over runs, where a method has several (seeds).
+    """
     looks = _looks(sections)
     partial = False
     grid = [
@@ -146,7 +151,9 @@ def _draw_scores(
     for group in section.groups:
         if group.order == order:
             means = [group.score(stage + 1, column) for stage in range(group.last_stage)]
-            partial |= _line(axes, means, looks[section.profile, group.label])
+            look = looks[section.profile, group.label]
+            partial |= _line(axes, means, look)
+            _spreads(axes, means, look)
     axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
     _number_stages(axes, len(order))
     axes.set_title(column[0], loc="left")
@@ -164,6 +171,13 @@ def _line(axes: Axes, means: Sequence[Mean], look: _Look) -> bool:
         face = "white" if hollow else colour
         axes.plot([stage], [value], marker=marker, color=colour, markerfacecolor=face)
     return any(partial)
+
+
+def _spreads(axes: Axes, means: Sequence[Mean], look: _Look) -> None:
+    """Draw the standard deviation over runs (seeds) as bars, where there are several."""
+    for stage, mean in enumerate(means, start=1):
+        if mean.value is not None and mean.spread is not None:
+            axes.errorbar(stage, mean.value, mean.spread, color=look[2], linewidth=0.6, capsize=1.5)
 
 
 def _number_stages(axes: Axes, count: int) -> None:
@@ -205,4 +219,4 @@ def _picture(figure: Figure) -> Picture:
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     FigureCanvasSVG(figure).print_svg(svg, metadata=nothing)
-    return Picture(png.getvalue(), svg.getvalue())
+    return Picture(png.getvalue(), svg.getvalue(), figure.get_figwidth())

@@ -47,7 +47,8 @@ def _figure(caption: str, picture: Picture) -> str:
     url = f"data:image/svg+xml;base64,{base64.b64encode(picture.svg).decode()}"
     text = html.escape(caption)
     return (
-        f'<figure class="drawn"><img src="{url}" alt="{text}">'
+        f'<figure class="drawn"><img src="{url}" alt="{text}" '
+        f'style="width: {8 * picture.inches:g}rem">'
         f"<figcaption>{text}</figcaption></figure>"
     )
 
@@ -73,7 +74,7 @@ h3 { font-size: 1rem; margin: 2rem 0 .5rem; }
 h4 { font-size: .9rem; margin: 1.2rem 0 .4rem; }
 figure { margin: 1.5rem 0; }
 figure.drawn img { background: #fff; height: auto; image-rendering: auto; margin: 0;
-  max-width: 100%; padding: .5rem; width: min(100%, 52rem); }
+  max-width: 100%; padding: .5rem; }
 figcaption { font-weight: 600; margin-bottom: .4rem; }
 figure.drawn figcaption { font-size: .85rem; font-weight: 400; margin-top: .4rem; }
 .scroll { overflow-x: auto; }
@@ -81,7 +82,8 @@ table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabu
 thead { border-bottom: 1px solid; border-top: 2px solid; }
 tbody { border-bottom: 2px solid; }
 th, td { padding: .2rem .6rem; text-align: right; vertical-align: bottom; white-space: nowrap; }
-th[scope=row], th:first-child { font-weight: 400; text-align: left; }
+th.label { text-align: left; }
+th[scope=row] { font-weight: 400; }
 .best { font-weight: 700; }
 .notes { color: var(--soft); font-size: .75rem; margin: .4rem 0; padding-left: 1rem; }
 .remarks { background: #fa01; border-left: 3px solid #fa0; font-size: .85rem;

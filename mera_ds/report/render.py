@@ -101,15 +101,16 @@ def to_latex(table: Table) -> str:
 
 def to_html(table: Table) -> str:
     """Return an HTML table; its title is the caption, its notes stand below."""
-    head = "".join(f"<th>{_escape(cell)}</th>" for cell in table.header)
+    head = "".join(
+        f"<th{' class=label' if j < table.labels else ''}>{_escape(cell)}</th>"
+        for j, cell in enumerate(table.header)
+    )
     rows = []
     for i, row in enumerate(table.rows):
-        cells = [
-            f"<{'th scope=row' if j < table.labels else 'td'}"
-            f"{' class=best' if (i, j) in table.best else ''}>{_escape(cell.strip())}"
-            f"</{'th' if j < table.labels else 'td'}>"
-            for j, cell in enumerate(row)
-        ]
+        cells = [f"<th class=label scope=row>{_escape(cell)}</th>" for cell in row[: table.labels]]
+        for j, cell in enumerate(row[table.labels :], start=table.labels):
+            best = " class=best" if (i, j) in table.best else ""
+            cells.append(f"<td{best}>{_escape(cell)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
     return (
@@ -132,7 +133,7 @@ def _sentence(title: str) -> str:
 
 
 def _escape(text: str) -> str:
-    return html.escape(text).replace("\n", "<br>")
+    return html.escape(text.strip()).replace("\n", "<br>")
 
 
 _LATEX = {

@@ -175,7 +175,7 @@ def _gains_table(section: Section, intervals: Intervals, gain: str) -> Table:
     reasons = [reason for e in entries for mean in e.progress.stages for reason in mean.reasons]
     notes += [f"n/a: {reason}." for reason in dict.fromkeys(reasons)]
     notes += [*measurement_notes(section, section.all_columns), limits_note(section)]
-    title = f"{gain.capitalize()} Relative Gain (%), profile {section.profile}"
+    title = f"{gain.capitalize()} Relative Gain by stage (%), profile {section.profile}"
     return Table(title, tuple(header), tuple(rows), tuple(notes), 4)
 
 
@@ -185,9 +185,10 @@ def _group_cell(group: Group, stage: int, column: Column) -> str:
         return "- "
     if modality == group.order[stage - 1]:
         return _score_cell(group.score(stage, column), task, "*")
-    now, before = (group.score(number, column).value for number in (stage, stage - 1))
-    better = now is not None and before is not None and now > before
-    return _score_cell(group.score(stage, column), task, "+" if better else " ")
+    now, before = (group.score(number, column) for number in (stage, stage - 1))
+    known = now.value is not None and before.value is not None and now.runs == before.runs
+    better = known and (now.value or 0.0) > (before.value or 0.0)
+    return _score_cell(now, task, "+" if better else " ")
 
 
 def _score_cell(mean: Mean, task: str, mark: str = " ") -> str:
