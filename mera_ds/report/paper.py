@@ -179,26 +179,24 @@ def _realigned(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
 def _improvements(section: Section, pairs: Sequence[tuple[Group, Group]]) -> Table:
     used = [group.order for group, _ in pairs]
     orders = [order for order in section.orders if order in used]
-    rows = []
-    for label, realigned in dict.fromkeys((one.label, other.label) for one, other in pairs):
-        plain: list[str] = []
-        change: list[str] = []
-        for order in orders:
-            pair = [
-                (one.progress("backward"), other.progress("backward"))
-                for one, other in pairs
-                if (one.label, other.label, one.order) == (label, realigned, order)
-            ]
-            plain += _cells(pair[0][0] if pair else None)
-            change += _changes(*pair[0]) if pair else ("-", "-")
-        rows += [(label, *plain), (f"  + Realigning ({realigned})", *change)]
+    rows: list[tuple[str, ...]] = []
+    for label in dict.fromkeys(plain.label for plain, _ in pairs):
+        same = [(plain, realigned) for plain, realigned in pairs if plain.label == label]
+        before = {plain.order: plain.progress("backward") for plain, _ in same}
+        rows.append((label, *(cell for order in orders for cell in _cells(before.get(order)))))
+        for name in dict.fromkeys(realigned.label for _, realigned in same):
+            after = {r.order: r.progress("backward") for _, r in same if r.label == name}
+            changes = [_changes(before.get(order), after.get(order)) for order in orders]
+            rows.append((f"+ Realigning: {name}", *(cell for pair in changes for cell in pair)))
     notes = (_BACKWARD, *_order_notes(section, orders), *_origin(section))
     title = f"Table 5: realigning after any method (%), profile {section.profile}"
     return Table(title, ("Method", *_headers(section, orders)), tuple(rows), notes, 1)
 
 
-def _changes(plain: Progress, realigned: Progress) -> tuple[str, str]:
+def _changes(plain: Progress | None, realigned: Progress | None) -> tuple[str, str]:
     """Return what realigning adds to mean and deviation, over equally many stages."""
+    if plain is None or realigned is None:
+        return "-", "-"
     if plain.finished != realigned.finished:
         return "n/a", "n/a"
     pairs = ((plain.mean, realigned.mean), (plain.deviation, realigned.deviation))
