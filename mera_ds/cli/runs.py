@@ -209,6 +209,5 @@ def report(arguments: argparse.Namespace) -> None:
     out = arguments.out or (runs[0] if len(runs) == 1 else runs[0].parent) / "report"
     written = write_report(runs, out)
     print(written.text)
-    figures = [path for path in (written.gains, written.scores) if path is not None]
-    print(f"report:  {written.markdown}\ntables:  {written.csv}")
-    print(f"figures: {', '.join(map(str, figures))}")
+    for name in written.files:
+        print(f"{written.folder / name}")

@@ -61,7 +61,8 @@ def evaluation_key(run: Path, config: RunConfig, step: EvaluateStep) -> str:
 def evaluation_is_finished(run: Path, config: RunConfig, step: EvaluateStep) -> bool:
     """Return whether the scores exist and belong to the model and settings of now."""
     path = run / step.output / SCORES
-    if not path.exists() or not (run / step.start / "manifest.json").exists():
+    there = path.exists() and (run / step.output / PER_ITEM).exists()
+    if not there or not (run / step.start / "manifest.json").exists():
         return False
     return bool(read_json(path)["key"] == evaluation_key(run, config, step))
 

@@ -5,28 +5,58 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mera_ds.files import write_bytes
-from mera_ds.report.figures import gains_figure, scores_figure
+from mera_ds.report.figures import Picture, gains_figure, scores_figure
+from mera_ds.report.intervals import Intervals
+from mera_ds.report.page import page_html
+from mera_ds.report.paper import paper_tables
+from mera_ds.report.provenance import provenance_csv
+from mera_ds.report.render import Table, to_latex, to_markdown, to_text, wrap
 from mera_ds.report.results import read_runs
 from mera_ds.report.summary import Section, summarise
-from mera_ds.report.tables import section_tables, to_csv, to_markdown, to_text, wrap
+from mera_ds.report.tables import section_tables, to_csv
 
 __all__ = ["Report", "write_report"]
+
+GAINS, SCORES = "gains", "scores"
+_CAPTIONS = {
+    GAINS: "Figures 2 and 3: Backward and Forward Relative Gain by stage, in % of the expert",
+    SCORES: "Score of every task by stage",
+}
 
 
 @dataclass(frozen=True)
 class Report:
     """Where a report lies, and its text for the terminal."""
 
-    markdown: Path
-    csv: Path
-    gains: Path | None
-    """None without an expert: nothing to divide by."""
-    scores: Path
+    folder: Path
+    files: tuple[str, ...]
+    """Names of the files in it."""
     text: str
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One profile's runs, arranged."""
+
+    section: Section
+    tables: tuple[Table, ...]
+    intervals: Intervals
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.section.warnings()
+
+    @property
+    def limits(self) -> str:
+        return self.section.limits or "the profile states none"
+
+
 def write_report(runs: Sequence[Path], out: Path) -> Report:
-    """Write `report.md`, `tables.csv`, `scores.png` and `gains.png` to the folder `out`.
+    """Write the report of some runs to the folder `out`.
+
+    It holds `report.md`, `report.html` (one page that needs no other file), `tables.tex`,
+    `tables.csv`, `provenance.csv`, and the figures `scores` and `gains` as PNG and SVG; `gains`
+    only with an expert, there is nothing to divide by otherwise.
 
     Runs that differ only in their seed are averaged, then orders; runs of different profiles are
     never compared. An unfinished run is shown as far as it has got.
@@ -35,44 +65,69 @@ def write_report(runs: Sequence[Path], out: Path) -> Report:
         InputError: if a folder is no run, is given twice, or no run has a result yet.
         DataError: if a `results.jsonl` is not what `evaluate` writes.
     """
-    sections = summarise(read_runs(runs))
+    found = read_runs(runs)
+    sections = summarise(found)
+    parts = []
+    for section in sections:
+        intervals = Intervals(section)
+        tables = (*paper_tables(section, found), *section_tables(section, intervals))
+        parts.append(_Part(section, tables, intervals))
+    figures = _figures(sections)
+    files = {
+        "report.md": _markdown(parts, list(figures)).encode(),
+        "report.html": _page(parts, figures).encode(),
+        "tables.tex": _latex(parts).encode(),
+        "tables.csv": to_csv([(part.section, part.intervals) for part in parts]).encode(),
+        "provenance.csv": provenance_csv(sections).encode(),
+        **{f"{name}.png": picture.png for name, picture in figures.items()},
+        **{f"{name}.svg": picture.svg for name, picture in figures.items()},
+    }
+    for name in {f"{GAINS}.png", f"{GAINS}.svg"} - files.keys():
+        (out / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        write_bytes(out / name, content)
+    return Report(out, tuple(files), "\n".join(map(_text, parts)))
+
+
+def _figures(sections: Sequence[Section]) -> dict[str, Picture]:
     comparable = any(section.groups and section.experts for section in sections)
-    scores = out / "scores.png"
-    gains = out / "gains.png" if comparable else None
-    write_bytes(scores, scores_figure(sections))
-    if gains:
-        write_bytes(gains, gains_figure(sections))
-    else:
-        (out / "gains.png").unlink(missing_ok=True)
-    write_bytes(out / "tables.csv", to_csv(sections).encode())
-    write_bytes(out / "report.md", _markdown(sections, gains is not None).encode())
-    text = "\n".join(_section_text(section) for section in sections)
-    return Report(out / "report.md", out / "tables.csv", gains, scores, text)
+    gains = {GAINS: gains_figure(sections)} if comparable else {}
+    return {**gains, SCORES: scores_figure(sections)}
 
 
-def _section_text(section: Section) -> str:
-    tables = "\n".join(to_text(table) for table in section_tables(section))
-    remarks = [f"Warning: {warning}" for warning in section.warnings()] + _hints(section)
+def _text(part: _Part) -> str:
+    tables = "\n".join(to_text(table) for table in part.tables)
+    remarks = [f"Warning: {warning}" for warning in part.warnings] + _hints(part.section)
     return tables + "".join(f"\n{wrap(remark)}\n" for remark in remarks)
 
 
-def _markdown(sections: Sequence[Section], gains: bool) -> str:
-    parts = ["# Report"]
-    for section in sections:
-        parts.append(f"## Profile {section.profile}\n\nLimits: {_limits(section)}")
-        remarks = [f"- **Warning:** {warning}" for warning in section.warnings()]
-        remarks += [f"- {hint}" for hint in _hints(section)]
-        parts += ["\n".join(remarks)] if remarks else []
-        parts += [to_markdown(table) for table in section_tables(section)]
-    parts.append("## Figures")
-    if gains:
-        parts.append("![Backward and Forward Relative Gain by stage](gains.png)")
-    parts.append("![Score of every task by stage](scores.png)")
-    return "\n\n".join(parts) + "\n"
+def _markdown(parts: Sequence[_Part], figures: Sequence[str]) -> str:
+    text = ["# Report"]
+    for part in parts:
+        text.append(f"## Profile {part.section.profile}\n\nLimits: {part.limits}")
+        remarks = [f"- **Warning:** {warning}" for warning in part.warnings]
+        remarks += [f"- {hint}" for hint in _hints(part.section)]
+        text += ["\n".join(remarks)] if remarks else []
+        text += [to_markdown(table) for table in part.tables]
+    text.append("## Figures")
+    text += [f"![{_CAPTIONS[name]}]({name}.png)" for name in figures]
+    return "\n\n".join(text) + "\n"
 
 
-def _limits(section: Section) -> str:
-    return section.limits or "the profile states none"
+def _latex(parts: Sequence[_Part]) -> str:
+    head = "% Needs \\usepackage{booktabs}; wide tables fit with \\resizebox.\n\n"
+    return head + "\n\n".join(to_latex(table) for part in parts for table in part.tables) + "\n"
+
+
+def _page(parts: Sequence[_Part], figures: dict[str, Picture]) -> str:
+    remarks = [
+        [*(f"Warning: {warning}" for warning in part.warnings), *_hints(part.section)]
+        for part in parts
+    ]
+    return page_html(
+        [(part.section, part.tables, lines) for part, lines in zip(parts, remarks, strict=True)],
+        [(_CAPTIONS[name], picture) for name, picture in figures.items()],
+    )
 
 
 def _hints(section: Section) -> list[str]:

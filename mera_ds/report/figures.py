@@ -1,4 +1,4 @@
-"""The figures of a report as PNG: gains over the stages (paper: Figures 2 and 3) and scores.
+"""The figures of a report: gains over the stages (paper: Figures 2 and 3) and scores.
 
 Readable at the width of one printed column and in grey: every method has its own marker and line.
 """
@@ -7,11 +7,13 @@ import io
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -21,6 +23,17 @@ from mera_ds.report.summary import GAINS, Column, Section
 
 COLUMN_INCHES = 3.5
 PAGE_INCHES = 7.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, drawn."""
+
+    png: bytes
+    svg: bytes
+    inches: float
+    """Width."""
+
 
 _Look = tuple[str, Any, str]
 _Looks = dict[tuple[str, str], _Look]
@@ -52,13 +65,14 @@ _STYLE: dict[str, Any] = {
     "legend.fontsize": 7,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
+    "svg.hashsalt": "mera-ds",
 }
 _RULE = "#555555"
 _DOTS: Any = (0, (1, 1))
 _UNITS = {"caption": "CIDEr × 100", "qa": "Accuracy (0 to 1)"}
 
 
-def gains_figure(sections: Sequence[Section]) -> bytes:
+def gains_figure(sections: Sequence[Section]) -> Picture:
     """Draw Backward (left) and Forward (right) Relative Gain by stage, averaged over orders.
 
     A hollow marker is a mean over some of the runs only: the others have no value there.
@@ -83,11 +97,14 @@ def gains_figure(sections: Sequence[Section]) -> bytes:
             loc="outside lower center",
             ncols=2,
         )
-        return _png(figure)
+        return _picture(figure)
 
 
-def scores_figure(sections: Sequence[Section]) -> bytes:
-    """Draw each test set's score over the stages: a column a modality, a row a task and order."""
+def scores_figure(sections: Sequence[Section]) -> Picture:
+    """Draw each test set's score over the stages: a column a modality, a row a task and order.
+
+    Bars are the sample standard deviation over runs, where a method has several (seeds).
+    """
     looks = _looks(sections)
     partial = False
     grid = [
@@ -118,7 +135,7 @@ def scores_figure(sections: Sequence[Section]) -> bytes:
         handles += [_rule("expert", "-")] if any(s.experts for s in sections) else []
         handles.append(_rule("majority class", _DOTS))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, 2 * width))
-        return _png(figure)
+        return _picture(figure)
 
 
 def _draw_scores(
@@ -134,7 +151,9 @@ def _draw_scores(
     for group in section.groups:
         if group.order == order:
             means = [group.score(stage + 1, column) for stage in range(group.last_stage)]
-            partial |= _line(axes, means, looks[section.profile, group.label])
+            look = looks[section.profile, group.label]
+            partial |= _line(axes, means, look)
+            _spreads(axes, means, look)
     axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
     _number_stages(axes, len(order))
     axes.set_title(column[0], loc="left")
@@ -152,6 +171,13 @@ def _line(axes: Axes, means: Sequence[Mean], look: _Look) -> bool:
         face = "white" if hollow else colour
         axes.plot([stage], [value], marker=marker, color=colour, markerfacecolor=face)
     return any(partial)
+
+
+def _spreads(axes: Axes, means: Sequence[Mean], look: _Look) -> None:
+    """Draw the standard deviation over runs (seeds) as bars, where there are several."""
+    for stage, mean in enumerate(means, start=1):
+        if mean.value is not None and mean.spread is not None:
+            axes.errorbar(stage, mean.value, mean.spread, color=look[2], linewidth=0.6, capsize=1.5)
 
 
 def _number_stages(axes: Axes, count: int) -> None:
@@ -187,8 +213,10 @@ def _looks(sections: Sequence[Section]) -> _Looks:
     return {name: _LOOKS[number % len(_LOOKS)] for number, name in enumerate(names)}
 
 
-def _png(figure: Figure) -> bytes:
+def _picture(figure: Figure) -> Picture:
     """Render without a software version or date: the same numbers give the same bytes."""
-    target = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(target, metadata={"Software": None})
-    return target.getvalue()
+    png, svg = io.BytesIO(), io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    FigureCanvasSVG(figure).print_svg(svg, metadata=nothing)
+    return Picture(png.getvalue(), svg.getvalue(), figure.get_figwidth())

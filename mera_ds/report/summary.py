@@ -17,6 +17,7 @@ from mera_ds.report.gains import (
     progress,
     relative_gain,
 )
+from mera_ds.report.labels import method_name
 from mera_ds.report.results import EXPERT, METRICS, Run, Score
 
 GAINS = {"backward": backward_gain, "forward": forward_gain}
@@ -36,6 +37,11 @@ class Group:
     """One a run."""
 
     @property
+    def method(self) -> str:
+        """Return the method's name in the configuration."""
+        return self.runs[0].config.method
+
+    @property
     def last_stage(self) -> int:
         """Return the last stage that any of the runs has a score of."""
         return max(run.last_stage for run in self.runs)
@@ -43,6 +49,16 @@ class Group:
     def score(self, stage: int, column: Column) -> Mean:
         """Return the mean score over the runs."""
         return _mean_score([run.scores.get((stage, *column)) for run in self.runs])
+
+    def modality_gain(self, stage: int, modality: str) -> Mean:
+        """Return the mean relative gain of one modality over the runs, in percent."""
+        found = []
+        for table in self.tables:
+            try:
+                found.append(Mean(relative_gain(table, stage, modality), 1, 1))
+            except GainUndefined as error:
+                found.append(Mean(None, 0, 1, reasons=(str(error),)))
+        return average(found)
 
     def progress(self, gain: str) -> Progress:
         """Return the `backward` or `forward` gain over the stages, averaged over the runs."""
@@ -57,6 +73,8 @@ class GainRow:
     order: tuple[str, ...] | None
     """None: the mean over all orders of the method."""
     progress: Progress
+    groups: tuple[Group, ...]
+    """Those that it is taken over."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +130,9 @@ class Section:
         for label in dict.fromkeys(group.label for group in self.groups):
             groups = [group for group in self.groups if group.label == label]
             each = [group.progress(gain) for group in groups]
-            rows += [GainRow(label, g.order, p) for g, p in zip(groups, each, strict=True)]
+            rows += [GainRow(label, g.order, p, (g,)) for g, p in zip(groups, each, strict=True)]
             if len(groups) > 1:
-                rows.append(GainRow(label, None, average_progress(each)))
+                rows.append(GainRow(label, None, average_progress(each), tuple(groups)))
         return rows
 
     def warnings(self) -> list[str]:
@@ -199,22 +217,23 @@ def _section(profile: str, runs: Sequence[Run]) -> Section:
 
 
 def _label(run: Run, runs: Sequence[Run]) -> str:
-    """Return the method; where its runs differ in settings, with the values of this run."""
-    same = [other for other in runs if other.config.method == run.config.method]
+    """Return the method's name; where runs of that name differ in settings, with this run's."""
+    name = method_name(run.config)
+    same = [other for other in runs if method_name(other.config) == name]
     keys = differing_settings(same)
     if not keys:
-        return run.config.method
+        return name
     values = [run.settings.get(key, "unset") for key in keys]
-    names = [key.rpartition(".")[2] for key in keys]
-    text = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+    short = [key.rpartition(".")[2] for key in keys]
+    text = ", ".join(f"{key}={value}" for key, value in zip(short, values, strict=True))
     if len(text) <= 24:
-        return f"{run.config.method} [{text}]"
+        return f"{name} [{text}]"
     variants: list[list[str]] = []
     for other in same:
         found = [other.settings.get(key, "unset") for key in keys]
         if found not in variants:
             variants.append(found)
-    return f"{run.config.method} #{variants.index(values) + 1}"
+    return f"{name} #{variants.index(values) + 1}"
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:

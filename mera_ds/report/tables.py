@@ -6,16 +6,14 @@ limits. Scores are rounded as in the paper: CIDEr and gains to two decimals, acc
 
 import csv
 import io
-import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+from mera_ds.report.bootstrap import RESAMPLES, Interval
 from mera_ds.report.gains import Mean
+from mera_ds.report.intervals import Intervals
+from mera_ds.report.render import Table
 from mera_ds.report.results import METRICS, Score
 from mera_ds.report.summary import GAINS, Column, Group, Section, differing_settings
-
-WIDTH = 120
-"""Longest line of the terminal text."""
 
 _UNITS = {"caption": "CIDEr", "qa": "Acc"}
 _DECIMALS = {"caption": 2, "qa": 3}
@@ -24,85 +22,34 @@ _MEANING = {
     "forward": "S/S_expert of the modality learnt in a stage",
 }
 _PARTIAL = "(1/2): mean over 1 of 2 runs; the others have not got so far, or their value is n/a."
+_MARKS = (
+    "*: learnt in that stage; +: better than after the stage before; -: not learnt yet; n/a: not "
+    "measured. Several runs (seeds): mean ± sample standard deviation."
+)
 _CSV_HEADER = (
     "table profile method order stage modality task metric unit value runs runs_total "
-    "standard_deviation_over_runs reason judge tokenizer test_items limits"
+    "standard_deviation_over_runs low95 high95 reason judge tokenizer test_items limits"
 ).split()
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table ready to print."""
-
-    title: str
-    header: tuple[str, ...]
-    """A newline makes a second line."""
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...]
-    labels: int
-    """How many columns on the left name the row."""
-
-
-def section_tables(section: Section) -> list[Table]:
+def section_tables(section: Section, intervals: Intervals) -> list[Table]:
     """Return the tables of one profile: runs, scores by order, and gains if there are experts."""
     tables = [_runs_table(section)]
     tables += [_scores_table(section, order) for order in section.orders]
     if section.groups and section.experts:
-        tables += [_gains_table(section, gain) for gain in GAINS]
+        tables += [_last_table(section, intervals, order) for order in section.orders]
+        tables += [_gains_table(section, intervals, gain) for gain in GAINS]
     return tables
 
 
-def to_text(table: Table, width: int = WIDTH) -> str:
-    """Return aligned plain text; columns that don't fit follow in further blocks."""
-    lines = [header.split("\n") for header in table.header]
-    height = max(map(len, lines))
-    above = [tuple((cell + [""] * height)[i] for cell in lines) for i in range(height)]
-    grid = [*above, *table.rows]
-    widths = [max(len(row[i]) for row in grid) for i in range(len(table.header))]
-    labels = list(range(table.labels))
-    blocks = [list(labels)]
-    for column in range(table.labels, len(widths)):
-        if sum(widths[i] + 2 for i in [*blocks[-1], column]) - 2 > width and blocks[-1] != labels:
-            blocks.append(list(labels))
-        blocks[-1].append(column)
-    text = [table.title]
-    for block in blocks:
-        for number, row in enumerate(grid):
-            cells = [
-                row[i].ljust(widths[i]) if i < table.labels else row[i].rjust(widths[i])
-                for i in block
-            ]
-            text.append("  ".join(cells).rstrip())
-            if number == height - 1:
-                text.append("-" * (sum(widths[i] + 2 for i in block) - 2))
-        text.append("")
-    for note in table.notes:
-        text.append(wrap(note, width))
-    return "\n".join(text).rstrip() + "\n"
-
-
-def wrap(text: str, width: int = WIDTH) -> str:
-    """Return a sentence on lines of at most `width`; names and flags with hyphens stay whole."""
-    return textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def to_markdown(table: Table) -> str:
-    """Return a Markdown table under a heading, with the notes as a list."""
-    header = [cell.replace("\n", " ") for cell in table.header]
-    rule = ["---"] * table.labels + ["---:"] * (len(header) - table.labels)
-    rows = [[cell.strip().replace("|", "\\|") for cell in row] for row in table.rows]
-    lines = [f"| {' | '.join(row)} |" for row in [header, rule, *rows]]
-    return "\n".join([f"### {table.title}", "", *lines, "", *(f"- {note}" for note in table.notes)])
-
-
-def to_csv(sections: Sequence[Section]) -> str:
+def to_csv(sections: Sequence[tuple[Section, Intervals]]) -> str:
     """Return every number of every table, one a row, unrounded."""
     target = io.StringIO()
     writer = csv.DictWriter(target, _CSV_HEADER, lineterminator="\n")
     writer.writeheader()
-    for section in sections:
+    for section, intervals in sections:
         common = {"profile": section.profile, "limits": section.limits}
-        for row in [*_score_values(section), *_gain_values(section)]:
+        for row in [*_score_values(section, intervals), *_gain_values(section, intervals)]:
             writer.writerow({**common, **row})
     return target.getvalue()
 
@@ -110,7 +57,7 @@ def to_csv(sections: Sequence[Section]) -> str:
 def _runs_table(section: Section) -> Table:
     header = ("Method", "Run", "Order", "Seed", "Stages", "Weights")
     rows = []
-    notes = [_limits(section)]
+    notes = [limits_note(section)]
     members = [("expert", section.experts), *((g.label, g.runs) for g in section.groups)]
     for label, runs in members:
         for run in runs:
@@ -151,37 +98,75 @@ def _scores_table(section: Section, order: tuple[str, ...]) -> Table:
             label = (group.label, f"{stage} {order[stage - 1]}", str(len(group.runs)))
             rows.append((*label, *(_group_cell(group, stage, column) for column in columns)))
     notes = [
-        *(["*: learnt in that stage; -: not learnt yet; n/a: not measured."] if groups else []),
-        *_measurement(section, columns),
+        *([_MARKS] if groups else []),
+        *measurement_notes(section, columns),
     ]
-    title = f"Scores after every stage, profile {section.profile}"
+    title = f"Tables 9 and 10: scores after every stage, profile {section.profile}"
     if groups:
         title += f", order {_order_number(section, order)}: {', '.join(order)}"
     partial = any("(" in cell for row in rows for cell in row[3:])
     notes += [_PARTIAL] if partial else []
-    return Table(title, tuple(header), tuple(rows), (*notes, _limits(section)), 3)
+    return Table(title, tuple(header), tuple(rows), (*notes, limits_note(section)), 3)
 
 
-def _gains_table(section: Section, gain: str) -> Table:
+def _last_table(section: Section, intervals: Intervals, order: tuple[str, ...]) -> Table:
+    """Return absolute scores beside relative gains, after the last stage of each group."""
+    columns = section.columns(order)
+    modalities = list(dict.fromkeys(modality for modality, _ in columns))
+    tasks = {name: [task for modality, task in columns if modality == name] for name in modalities}
+    header = ["Method", "Stage"]
+    for name in modalities:
+        header += [*(f"{name}\n{_UNITS[task]}" for task in tasks[name]), f"{name}\ngain, 95 % CI"]
+    rows = []
+    for group in (group for group in section.groups if group.order == order):
+        stage = group.last_stage
+        cells = []
+        for name in modalities:
+            cells += [_group_cell(group, stage, (name, task)).strip() for task in tasks[name]]
+            cells.append(_relative_cell(group, intervals, stage, name))
+        rows.append((group.label, str(stage), *cells))
+    title = (
+        f"After the last stage, profile {section.profile}, order {_order_number(section, order)}"
+    )
+    notes = (
+        "Gain: mean over the tasks of S/S_expert in %, with its 95 % confidence interval: paired "
+        f"bootstrap over test items, {RESAMPLES} draws. {_MARKS}",
+        *measurement_notes(section, columns),
+        limits_note(section),
+    )
+    return Table(title, tuple(header), tuple(rows), notes, 2)
+
+
+def _relative_cell(group: Group, intervals: Intervals, stage: int, modality: str) -> str:
+    if modality not in group.order[:stage]:
+        return "-"
+    found = intervals.modality_gain(group, stage, modality)
+    inside = "" if found is None else f" [{found.low:.1f}, {found.high:.1f}]"
+    return f"{_gain_cell(group.modality_gain(stage, modality))}{inside}"
+
+
+def _gains_table(section: Section, intervals: Intervals, gain: str) -> Table:
     entries = section.gains(gain)
     length = max(len(entry.progress.stages) for entry in entries)
     several = any(entry.progress.mean.spread is not None for entry in entries)
     header = ["Method", "Order", "Runs", "Done", *(f"Stage {i + 1}" for i in range(length))]
-    header += ["Mean", "Std", *(["Spread"] if several else [])]
+    header += ["Mean", "95 % CI", "Std", *(["Spread"] if several else [])]
     rows = []
     for entry in entries:
         found = entry.progress
+        whole = intervals.mean_gain(entry.groups, gain, found.finished) if found.finished else None
         order = _order_number(section, entry.order) if entry.order else "mean"
         done = f"{found.finished}/{len(found.stages)}"
         stages = [_gain_cell(stage) for stage in found.stages]
         stages += ["-"] * (length - len(stages))
         spread = found.mean.spread
-        last = [_gain_cell(found.mean), _gain_cell(found.deviation)]
+        last = [_gain_cell(found.mean), _interval_cell(whole), _gain_cell(found.deviation)]
         last += ["-" if spread is None else f"{spread:.2f}"] if several else []
         rows.append((entry.label, order, str(found.mean.total), done, *stages, *last))
     notes = [
         f"In % of the expert: {_MEANING[gain]}. Stage 1 counts as 100 %. Mean and Std (sample "
-        "standard deviation, n - 1) are taken over the stages that are done.",
+        "standard deviation, n - 1) are taken over the stages that are done. 95 % CI of Mean: "
+        f"paired bootstrap over test items, {RESAMPLES} draws; -: items not stored.",
     ]
     if several:
         notes.append("Spread: sample standard deviation of Mean over runs (row `mean`: orders).")
@@ -189,8 +174,8 @@ def _gains_table(section: Section, gain: str) -> Table:
         notes.append(_PARTIAL)
     reasons = [reason for e in entries for mean in e.progress.stages for reason in mean.reasons]
     notes += [f"n/a: {reason}." for reason in dict.fromkeys(reasons)]
-    notes += [*_measurement(section, section.all_columns), _limits(section)]
-    title = f"{gain.capitalize()} Relative Gain (%), profile {section.profile}"
+    notes += [*measurement_notes(section, section.all_columns), limits_note(section)]
+    title = f"{gain.capitalize()} Relative Gain by stage (%), profile {section.profile}"
     return Table(title, tuple(header), tuple(rows), tuple(notes), 4)
 
 
@@ -198,14 +183,20 @@ def _group_cell(group: Group, stage: int, column: Column) -> str:
     modality, task = column
     if modality not in group.order[:stage]:
         return "- "
-    newest = modality == group.order[stage - 1]
-    return _score_cell(group.score(stage, column), task, "*" if newest else " ")
+    if modality == group.order[stage - 1]:
+        return _score_cell(group.score(stage, column), task, "*")
+    now, before = (group.score(number, column) for number in (stage, stage - 1))
+    known = now.value is not None and before.value is not None and now.runs == before.runs
+    better = known and (now.value or 0.0) > (before.value or 0.0)
+    return _score_cell(now, task, "+" if better else " ")
 
 
 def _score_cell(mean: Mean, task: str, mark: str = " ") -> str:
     if mean.value is None:
         return "n/a "
-    return f"{mean.value:.{_DECIMALS[task]}f}{_of_runs(mean)}{mark}"
+    decimals = _DECIMALS[task]
+    spread = "" if mean.spread is None else f"±{mean.spread:.{decimals}f}"
+    return f"{mean.value:.{decimals}f}{spread}{_of_runs(mean)}{mark}"
 
 
 def _gain_cell(mean: Mean) -> str:
@@ -214,11 +205,15 @@ def _gain_cell(mean: Mean) -> str:
     return f"{mean.value:.2f}{_of_runs(mean)}"
 
 
+def _interval_cell(found: Interval | None) -> str:
+    return "-" if found is None else f"{found.low:.2f} to {found.high:.2f}"
+
+
 def _of_runs(mean: Mean) -> str:
     return f" ({mean.runs}/{mean.total})" if mean.runs < mean.total else ""
 
 
-def _measurement(section: Section, columns: Sequence[Column]) -> list[str]:
+def measurement_notes(section: Section, columns: Sequence[Column]) -> list[str]:
     """Say how the scores were made and how far chance alone moves them."""
     rows = [row for column in columns for row in section.rows(column)]
     judged = [row for row in rows if row.metric == "accuracy"]
@@ -241,7 +236,7 @@ def _measurement(section: Section, columns: Sequence[Column]) -> list[str]:
     return notes
 
 
-def _limits(section: Section) -> str:
+def limits_note(section: Section) -> str:
     return f"Limits: {section.limits or 'the profile states none'}"
 
 
@@ -254,7 +249,7 @@ def _joined(values: Iterator[str]) -> str:
     return " / ".join(dict.fromkeys(values))
 
 
-def _score_values(section: Section) -> Iterator[dict[str, object]]:
+def _score_values(section: Section, intervals: Intervals) -> Iterator[dict[str, object]]:
     for column in section.all_columns:
         share = section.majority(column)
         common: dict[str, object] = {
@@ -273,10 +268,11 @@ def _score_values(section: Section) -> Iterator[dict[str, object]]:
                 if column[0] in group.order[:stage]:
                     place = {"method": group.label, "order": ">".join(group.order), "stage": stage}
                     values = _mean_values(group.score(stage, column))
-                    yield {**common, "table": "score", **place, **values}
+                    found = _interval_values(intervals.score(group, stage, column))
+                    yield {**common, "table": "score", **place, **values, **found}
 
 
-def _gain_values(section: Section) -> Iterator[dict[str, object]]:
+def _gain_values(section: Section, intervals: Intervals) -> Iterator[dict[str, object]]:
     entries = [(gain, row) for gain in GAINS for row in section.gains(gain) if section.experts]
     for gain, row in entries:
         place = {
@@ -286,10 +282,15 @@ def _gain_values(section: Section) -> Iterator[dict[str, object]]:
             "order": ">".join(row.order) if row.order else "mean over orders",
             "unit": "% of expert",
         }
-        stages = [*enumerate(row.progress.stages, start=1)]
-        summary = [("mean", row.progress.mean), ("std", row.progress.deviation)]
-        for stage, mean in [*stages, *summary]:
-            yield {**place, "stage": stage, **_mean_values(mean)}
+        done = row.progress.finished
+        for stage, mean in enumerate(row.progress.stages, start=1):
+            there = mean.value is not None
+            found = intervals.gain(row.groups, gain, stage) if there else None
+            yield {**place, "stage": stage, **_mean_values(mean), **_interval_values(found)}
+        whole = intervals.mean_gain(row.groups, gain, done) if done else None
+        mean_values = _mean_values(row.progress.mean)
+        yield {**place, "stage": "mean", **mean_values, **_interval_values(whole)}
+        yield {**place, "stage": "std", **_mean_values(row.progress.deviation)}
 
 
 def _origin(rows: Sequence[Score]) -> dict[str, object]:
@@ -298,6 +299,10 @@ def _origin(rows: Sequence[Score]) -> dict[str, object]:
         "tokenizer": _joined(str(row.tokenizer) for row in rows if row.tokenizer),
         "test_items": _joined(str(row.count) for row in rows),
     }
+
+
+def _interval_values(found: Interval | None) -> dict[str, object]:
+    return {} if found is None else {"low95": found.low, "high95": found.high}
 
 
 def _mean_values(mean: Mean) -> dict[str, object]:

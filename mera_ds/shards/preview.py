@@ -65,12 +65,12 @@ def write_html(folders: Sequence[Path], out: Path, count: int) -> None:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Shard preview</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <h1>Shard preview</h1>
 {sections}
-<script>{_SCRIPT}</script>
+<script>{SCRIPT}</script>
 </body>
 </html>
 """
@@ -128,14 +128,9 @@ def _section(folder: Path, count: int) -> str:
 
 def _card(reader: ShardReader, position: int) -> str:
     sample = reader.samples[position]
-    name = f"{reader.folder}: {sample.key}.{sample.extension}"
     texts = reader.read_texts(position)
     label = html.escape(next((t.answers[0] for t in texts if t.answers), sample.concept))
-    content = reader.read_media(position)
-    if sample.extension == "npy" and reader.index.modality != "pointcloud":
-        medium = _curves(content, label, name)
-    else:
-        medium = _medium(sample.extension, content, label, name)
+    medium = medium_html(reader, position, label)
     rows = "".join(_text_row(text) for text in texts)
     names = html.escape(" · ".join(dict.fromkeys((sample.key, sample.concept))))
     return f'<article>{medium}<p class="key">{names}</p><dl>{rows}</dl></article>'
@@ -145,6 +140,22 @@ def _text_row(text: Text) -> str:
     question = html.escape(text.question or text.task)
     answers = html.escape(" | ".join(text.answers))
     return f"<dt>{question}</dt><dd>{answers}</dd>"
+
+
+def medium_html(reader: ShardReader, position: int, label: str) -> str:
+    """Return a medium as HTML that needs no other file; `label` (escaped) says what it is.
+
+    A point cloud is a canvas that `SCRIPT` draws; `STYLE` gives all kinds one height.
+
+    Raises:
+        DataError: the sample is damaged.
+    """
+    sample = reader.samples[position]
+    name = f"{reader.folder}: {sample.key}.{sample.extension}"
+    content = reader.read_media(position)
+    if sample.extension == "npy" and reader.index.modality != "pointcloud":
+        return _curves(content, label, name)
+    return _medium(sample.extension, content, label, name)
 
 
 def _medium(extension: str, content: bytes, label: str, name: str) -> str:
@@ -232,7 +243,7 @@ def _points(content: bytes, name: str) -> list[list[float]]:
     return shown
 
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #777; }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem;
   max-width: 75rem; }
@@ -252,7 +263,7 @@ dt { color: var(--soft); font-size: .8rem; }
 dd { margin: 0 0 .4rem; }
 """
 
-_SCRIPT = """
+SCRIPT = """
 for (const canvas of document.querySelectorAll("canvas")) {
   const points = JSON.parse(canvas.dataset.points);
   const pen = canvas.getContext("2d");

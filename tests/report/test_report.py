@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from mera_ds.report import write_report
+from mera_ds.report.render import WIDTH, Table, to_text
 from mera_ds.report.results import read_runs
 from mera_ds.report.summary import summarise
-from mera_ds.report.tables import WIDTH, Table, to_text
 
 MakeRun = Callable[..., Path]
+SCORES = "Tables 9 and 10: scores after every stage, profile pocket, order 1"
 
 
 def line_of(text: str, *words: str) -> list[str]:
@@ -40,24 +41,26 @@ def test_the_report_gives_the_paper_s_numbers(make_run: MakeRun, tmp_path: Path)
     runs += [make_run(f"mera-{order}", "mera", order=order) for order in ("sequential", "reverse")]
     runs += [make_run("finetune", "finetune", "finetune")]
     report = write_report(runs, tmp_path / "out")
-    scores = table_of(report.text, "Scores after every stage, profile pocket, order 1")
+    scores = table_of(
+        report.text, "Tables 9 and 10: scores after every stage, profile pocket, order 1"
+    )
     assert line_of(scores, "Expert")[2:4] == ["100.76", "0.358"]
     assert line_of(scores, "Majority")[2:4] == ["-", "0.125"]
     assert line_of(scores, "Test")[2:4] == ["1000", "1000"]
-    stage = line_of(scores, "mera", "2")
+    stage = line_of(scores, "MERA(10%)", "2")
     assert stage[4:] == ["98.30", "0.340", "152.20*", "0.579*", "-", "-", "-", "-"]
-    gains = table_of(report.text, "Backward Relative Gain")
-    assert line_of(gains, "mera", "1")[4:] == (
-        ["100.00", "96.27", "105.57", "102.17", "101.00", "3.90", "-"]
+    gains = table_of(report.text, "Backward Relative Gain by")
+    assert line_of(gains, "MERA(10%)", "1")[4:] == (
+        ["100.00", "96.27", "105.57", "102.17", "101.00", "-", "3.90", "-"]
     )
-    assert line_of(gains, "mera", "mean")[4:8] == ["100.00", "92.15", "96.85", "99.84"]
-    assert line_of(gains, "finetune", "1")[8:10] == ["59.76", "27.23"]
+    assert line_of(gains, "MERA(10%)", "mean")[4:8] == ["100.00", "92.15", "96.85", "99.84"]
+    assert line_of(gains, "Fine-Tuning", "1")[8:] == ["59.76", "-", "27.23", "-"]
 
 
 def test_every_table_says_how_it_was_measured(make_run: MakeRun, tmp_path: Path) -> None:
     report = write_report([make_run("experts", "expert"), make_run("mera", "mera")], tmp_path / "o")
     blocks = report.text.split("\n\n")
-    for title in ("Scores after", "Backward Relative", "Forward Relative"):
+    for title in ("Tables 9 and", "Backward Relative Gain by", "Forward Relative Gain by"):
         (position,) = [i for i, block in enumerate(blocks) if block.strip().startswith(title)]
         notes = blocks[position + 1]
         for fact in ("CIDEr x 100", "ptb-python", "offline-exact", "1000 test items", "A test pro"):
@@ -69,22 +72,22 @@ def test_files_are_complete_and_the_same_every_time(make_run: MakeRun, tmp_path:
     runs = [make_run("experts", "expert"), make_run("mera", "mera")]
     first, second = (write_report(runs, tmp_path / name) for name in ("one", "two"))
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["gains.png", "report.md", "scores.png", "tables.csv"]
+    assert names == sorted(first.files)
+    assert {"gains.svg", "report.html", "report.md", "scores.png", "tables.tex"} <= set(names)
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert first.text == second.text
-    assert first.gains is not None
-    with Image.open(first.gains) as image:
+    with Image.open(first.folder / "gains.png") as image:
         assert image.width == 1050
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
-    markdown = first.markdown.read_text(encoding="utf-8")
-    assert "![Backward and Forward Relative Gain by stage](gains.png)" in markdown
-    assert "| mera | 4 pointcloud | 1 | 98.05 | 0.338 |" in markdown
+    markdown = (first.folder / "report.md").read_text(encoding="utf-8")
+    assert "Relative Gain by stage, in % of the expert](gains.png)" in markdown
+    assert "| MERA(10%) | 4 pointcloud | 1 | 98.05+ | 0.338 |" in markdown
 
 
 def test_csv_holds_unrounded_values(make_run: MakeRun, tmp_path: Path) -> None:
     report = write_report([make_run("experts", "expert"), make_run("mera", "mera")], tmp_path / "o")
-    rows = read_csv(report.csv)
+    rows = read_csv(report.folder / "tables.csv")
     gains = {row["stage"]: row for row in rows if row["table"] == "backward_gain"}
     assert float(gains["mean"]["value"]) == pytest.approx(101.00099, abs=1e-4)
     assert gains["4"]["judge"] == "offline-exact"
@@ -96,20 +99,21 @@ def test_csv_holds_unrounded_values(make_run: MakeRun, tmp_path: Path) -> None:
 def test_without_experts_only_absolute_scores(make_run: MakeRun, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = make_run("mera", "mera")
-    assert write_report([make_run("experts", "expert"), run], out).gains == out / "gains.png"
+    assert "gains.png" in write_report([make_run("experts", "expert"), run], out).files
     report = write_report([run], out)
-    assert report.gains is None
+    assert "gains.png" not in report.files
     assert not (out / "gains.png").exists()
     text = " ".join(report.text.split())
     assert "'mera-ds init runs/experts --profile pocket --method expert'" in text
     assert "'mera-ds run runs/experts'" in text
     assert "Backward Relative Gain" not in text
-    assert "gains.png" not in report.markdown.read_text(encoding="utf-8")
+    assert "gains.png" not in (report.folder / "report.md").read_text(encoding="utf-8")
 
 
 def test_experts_alone_are_shown(make_run: MakeRun, tmp_path: Path) -> None:
     report = write_report([make_run("experts", "expert")], tmp_path / "out")
-    assert line_of(report.text, "Expert")[2:4] == ["100.76", "0.358"]
+    scores = table_of(report.text, "Tables 9 and 10")
+    assert line_of(scores, "Expert")[2:4] == ["100.76", "0.358"]
 
 
 def test_unfinished_runs_are_shown_as_far_as_they_are(make_run: MakeRun, tmp_path: Path) -> None:
@@ -117,9 +121,18 @@ def test_unfinished_runs_are_shown_as_far_as_they_are(make_run: MakeRun, tmp_pat
     empty = make_run("finetune", "finetune", "finetune")
     (empty / "results.jsonl").unlink()
     report = write_report([*runs, empty], tmp_path / "out")
-    gains = table_of(report.text, "Backward Relative Gain")
-    assert line_of(gains, "mera")[3:] == ["2/4", "100.00", "96.27", "-", "-", "98.13", "2.64"]
-    assert line_of(gains, "finetune")[3:] == ["0/4", "-", "-", "-", "-", "-", "-"]
+    gains = table_of(report.text, "Backward Relative Gain by")
+    assert line_of(gains, "MERA(10%)")[3:] == [
+        "2/4",
+        "100.00",
+        "96.27",
+        "-",
+        "-",
+        "98.13",
+        "-",
+        "2.64",
+    ]
+    assert line_of(gains, "Fine-Tuning")[3:] == ["0/4", *"-------"]
     assert "no results yet" in report.text
 
 
@@ -127,35 +140,35 @@ def test_seeds_are_averaged_and_counted(make_run: MakeRun, tmp_path: Path) -> No
     runs = [make_run("experts", "expert")]
     runs += [make_run("mera-0", "mera"), make_run("mera-1", "mera", seed=1, scale=0.6, stages=2)]
     report = write_report(runs, tmp_path / "out")
-    scores = table_of(report.text, "Scores after every stage")
-    assert line_of(scores, "mera", "1")[3:6] == ["2", "80.61*", "0.286*"]
-    assert line_of(scores, "mera", "4")[3:7] == ["2", "98.05", "(1/2)", "0.338"]
-    gains = table_of(report.text, "Backward Relative Gain")
-    assert line_of(gains, "mera")[2:6] == ["2", "4/4", "100.00", "77.01"]
-    assert line_of(gains, "mera")[6:10] == ["105.57", "(1/2)", "102.17", "(1/2)"]
+    scores = table_of(report.text, SCORES)
+    assert line_of(scores, "MERA(10%)", "1")[3:6] == ["2", "80.61±28.50*", "0.286±0.101*"]
+    assert line_of(scores, "MERA(10%)", "4")[3:7] == ["2", "98.05", "(1/2)+", "0.338"]
+    gains = table_of(report.text, "Backward Relative Gain by")
+    assert line_of(gains, "MERA(10%)")[2:6] == ["2", "4/4", "100.00", "77.01"]
+    assert line_of(gains, "MERA(10%)")[6:10] == ["105.57", "(1/2)", "102.17", "(1/2)"]
     assert "stage 1 counts as 100 %" in report.text
 
 
 def test_runs_with_different_settings_are_never_averaged(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run("one", "mera", "mera-1", percent=1.0), make_run("ten", "mera", percent=10.0)]
     report = write_report(runs, tmp_path / "out")
-    assert line_of(report.text, "mera", "[percent=1]", "4")[4:6] == ["1", "95.18"]
-    assert line_of(report.text, "mera", "[percent=10]", "4")[4:6] == ["1", "98.05"]
+    assert line_of(report.text, "MERA(1%)", "4", "pointcloud")[3:5] == ["1", "95.18+"]
+    assert line_of(report.text, "MERA(10%)", "4", "pointcloud")[3:5] == ["1", "98.05+"]
     assert "mera differs in replay.percent: one 1, ten 10." in report.text
 
 
 def test_profiles_are_never_compared(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run("experts", "expert", profile="tiny"), make_run("mera", "mera")]
     report = write_report(runs, tmp_path / "out")
-    assert report.gains is None
+    assert "gains.png" not in report.files
     assert "--profile pocket --method expert" in " ".join(report.text.split())
 
 
 def test_scores_by_another_judge_give_no_gain(make_run: MakeRun, tmp_path: Path) -> None:
     experts = make_run("experts", "expert", judge="gpt-4o-mini-2024-07-18")
     report = write_report([experts, make_run("mera", "mera")], tmp_path / "out")
-    gains = table_of(report.text, "Backward Relative Gain")
-    assert line_of(gains, "mera")[4:] == ["100.00", "n/a", "n/a", "n/a", "n/a", "n/a"]
+    gains = table_of(report.text, "Backward Relative Gain by")
+    assert line_of(gains, "MERA(10%)")[4:] == ["100.00", "n/a", "n/a", "n/a", "n/a", "-", "n/a"]
     text = " ".join(report.text.split())
     assert "the expert was scored with judge gpt-4o-mini-2024-07-18, not offline-exact" in text
     assert "image/qa was scored in different ways (judge)" in text
@@ -168,7 +181,7 @@ def test_missing_judgements_are_a_warning(make_run: MakeRun, tmp_path: Path) -> 
 
 def test_the_same_seed_twice_is_a_warning(make_run: MakeRun, tmp_path: Path) -> None:
     (section,) = summarise(read_runs([make_run("a", "mera"), make_run("b", "mera")]))
-    assert section.warnings() == ["mera: 2 runs, but only 1 different seed(s)."]
+    assert section.warnings() == ["MERA(10%): 2 runs, but only 1 different seed(s)."]
 
 
 def test_a_wide_table_is_split_and_keeps_its_labels() -> None:
@@ -194,6 +207,6 @@ def test_a_stage_under_evaluation_does_not_hide_the_stages_before(
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
     report = write_report([make_run("experts", "expert"), folder], tmp_path / "out")
-    forward = table_of(report.text, "Forward Relative Gain")
-    assert line_of(forward, "mera")[3:7] == ["2/4", "100.00", "117.92", "n/a"]
+    forward = table_of(report.text, "Forward Relative Gain by")
+    assert line_of(forward, "MERA(10%)")[3:7] == ["2/4", "100.00", "117.92", "n/a"]
     assert "stage 3: there is no score of audio/qa" in " ".join(report.text.split())

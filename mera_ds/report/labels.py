@@ -1,0 +1,45 @@
+"""What the paper calls the methods, and which of them is which one with realigning."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mera_ds.config import RunConfig
+
+
+@dataclass(frozen=True)
+class MethodName:
+    """A method as the tables show it."""
+
+    text: str
+    """`{percent}` stands for the share of replayed data."""
+    plain: str | None = None
+    """The method that this one is with realigning after every stage."""
+
+
+NAMES: Mapping[str, MethodName] = {
+    "expert": MethodName("Expert"),
+    "finetune": MethodName("Fine-Tuning"),
+    "replay": MethodName("Replay({percent})"),
+    "ewc": MethodName("EWC"),
+    "pathweave": MethodName("PathWeave"),
+    "merge": MethodName("Merging"),
+    "mera": MethodName("MERA({percent})", plain="merge"),
+    "realign": MethodName("Fine-Tuning + Realign", plain="finetune"),
+    "replay+realign": MethodName("Replay({percent}) + Realign", plain="replay"),
+    "ewc+realign": MethodName("EWC + Realign", plain="ewc"),
+    "pathweave+realign": MethodName("PathWeave + Realign", plain="pathweave"),
+}
+ABLATION = ("finetune", "merge", "realign", "mera")
+"""The rows of the paper's Table 4."""
+
+
+def method_name(config: RunConfig) -> str:
+    """Return what tables call a run's method; one that the paper has not keeps its own name."""
+    name = NAMES.get(config.method, MethodName(config.method))
+    return name.text.format(percent=f"{config.replay.percent:g}%")
+
+
+def plain_method(method: str) -> str | None:
+    """Return the method that this one is with realigning; None: it is no such method."""
+    name = NAMES.get(method)
+    return name.plain if name else None

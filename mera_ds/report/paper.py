@@ -1,0 +1,207 @@
+"""The paper's Tables 2 to 5, for our runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from mera_ds.report.costs import Cost, run_costs
+from mera_ds.report.gains import Mean, Progress
+from mera_ds.report.labels import ABLATION, plain_method
+from mera_ds.report.render import Table
+from mera_ds.report.results import Run
+from mera_ds.report.summary import Group, Section
+from mera_ds.report.tables import limits_note, measurement_notes
+
+_BACKWARD = (
+    "Backward Relative Gain in %: mean over the modalities learnt before a stage of S/S_expert. "
+    "Mean and Std (sample standard deviation, n - 1) over the stages that are done; stage 1 counts "
+    "as 100 %. Several runs of a method (seeds): Mean ± their sample standard deviation."
+)
+
+
+def paper_tables(section: Section, runs: Sequence[Run]) -> list[Table]:
+    """Return those of Tables 2, 3, 4 and 5 that the section's runs give something for.
+
+    Args:
+        section: the runs of one profile.
+        runs: all runs of the report; products taken over from one of them took what they took
+            there.
+    """
+    tables = []
+    if section.groups and section.experts:
+        tables.append(_gains(section, section.groups, "Table 2: Backward Relative Gain"))
+    tables.append(_overheads(section, run_costs(runs)))
+    if section.groups and section.experts:
+        ablation = [group for name in ABLATION for group in section.groups if group.method == name]
+        if len({group.method for group in ablation}) > 1:
+            tables.append(_gains(section, ablation, "Table 4: what merging and realigning add"))
+        if pairs := _realigned(section.groups):
+            tables.append(_improvements(section, pairs))
+    return tables
+
+
+_GENERATION = ("Generation\nGB", "Generation\ns per text")
+Rows = Mapping[str, Mapping[tuple[str, ...], Progress]]
+"""Backward gain by label and order."""
+
+
+def _progress(groups: Sequence[Group]) -> dict[str, dict[tuple[str, ...], Progress]]:
+    found: dict[str, dict[tuple[str, ...], Progress]] = {}
+    for group in groups:
+        found.setdefault(group.label, {})[group.order] = group.progress("backward")
+    return found
+
+
+def _gains(section: Section, groups: Sequence[Group], title: str) -> Table:
+    found = _progress(groups)
+    orders = [order for order in section.orders if any(order in row for row in found.values())]
+    rows = [
+        (label, *(cell for order in orders for cell in _cells(by_order.get(order))))
+        for label, by_order in found.items()
+    ]
+    best = set()
+    for place, order in enumerate(orders):
+        best |= _best(found, order, 1 + 2 * place, lambda p: p.mean, max)
+        best |= _best(found, order, 2 + 2 * place, lambda p: p.deviation, min)
+    notes = (_BACKWARD, *_order_notes(section, orders), *_origin(section))
+    return Table(
+        f"{title} (%), profile {section.profile}",
+        ("Method", *_headers(section, orders)),
+        tuple(rows),
+        notes,
+        1,
+        frozenset(best),
+    )
+
+
+def _best(
+    found: Rows,
+    order: tuple[str, ...],
+    column: int,
+    figure: Callable[[Progress], Mean],
+    choose: Callable[[Sequence[float]], float],
+) -> set[tuple[int, int]]:
+    """Return the cells of a column that hold the best value of the rows that got furthest."""
+    there = {row: by[order] for row, by in enumerate(found.values()) if order in by}
+    furthest = max((entry.finished for entry in there.values()), default=0)
+    values = {
+        row: value
+        for row, entry in there.items()
+        if entry.finished == furthest and (value := figure(entry).value) is not None
+    }
+    if len(values) < 2:
+        return set()
+    chosen = choose([round(value, 2) for value in values.values()])
+    return {(row, column) for row, value in values.items() if round(value, 2) == chosen}
+
+
+def _cells(entry: Progress | None) -> tuple[str, str]:
+    if entry is None:
+        return "-", "-"
+    spread = entry.mean.spread
+    seeds = "" if spread is None else f" ± {spread:.2f}"
+    part = "" if entry.finished == len(entry.stages) else f" ({entry.finished} stages)"
+    return f"{_number(entry.mean.value)}{seeds}{part}", _number(entry.deviation.value)
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "n/a" if value is None else f"{value:{form}}"
+
+
+def _headers(section: Section, orders: Sequence[tuple[str, ...]]) -> list[str]:
+    names = [f"Order {section.orders.index(order) + 1}" for order in orders]
+    return [f"{name}\n{figure}" for name in names for figure in ("Mean", "Std")]
+
+
+def _order_notes(section: Section, orders: Sequence[tuple[str, ...]]) -> list[str]:
+    return [f"Order {section.orders.index(order) + 1}: {', '.join(order)}." for order in orders]
+
+
+def _origin(section: Section) -> list[str]:
+    return [*measurement_notes(section, section.all_columns), limits_note(section)]
+
+
+def _overheads(section: Section, costs: Mapping[Path, Cost]) -> Table:
+    header = ("Method", "Runs", "Training\nGB", "Training\nhours", *_GENERATION)
+    labels = dict.fromkeys(group.label for group in section.groups)
+    members = [
+        (label, [run for group in section.groups if group.label == label for run in group.runs])
+        for label in labels
+    ]
+    members += [("Expert", list(section.experts))] if section.experts else []
+    rows = []
+    for label, runs in members:
+        found = [costs[run.folder] for run in runs]
+        rows.append(
+            (
+                label,
+                str(len(runs)),
+                _number(_largest([cost.train_memory_gb for cost in found])),
+                _number(_mean([cost.train_hours for cost in found]), ".3g"),
+                _number(_largest([cost.generate_memory_gb for cost in found])),
+                _number(_mean([cost.generate_seconds for cost in found]), ".3g"),
+            )
+        )
+    machines = dict.fromkeys(m for run in section.runs for m in costs[run.folder].hardware)
+    notes = (
+        "GB (1e9 bytes): largest of all steps on one rank, GPU memory or on a CPU resident memory. "
+        "Hours: all training steps, clock time times ranks, mean over runs; steps taken over from "
+        "another run count as if done again. Generation: in batches of evaluate.batch_size. "
+        "n/a: not recorded.",
+        f"Hardware: {'; '.join(machines) or 'not recorded'}.",
+        limits_note(section),
+    )
+    title = f"Table 3: training and inference overheads, profile {section.profile}"
+    return Table(title, header, tuple(rows), notes, 1)
+
+
+def _largest(values: Sequence[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _realigned(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """Return each group without realigning beside that with it, of the same order."""
+    pairs = []
+    for realigned in groups:
+        plain = plain_method(realigned.method)
+        found = [g for g in groups if g.method == plain and g.order == realigned.order]
+        percent = realigned.runs[0].config.replay.percent
+        same = [g for g in found if g.runs[0].config.replay.percent == percent]
+        if len(same or found) == 1:
+            pairs.append(((same or found)[0], realigned))
+    return pairs
+
+
+def _improvements(section: Section, pairs: Sequence[tuple[Group, Group]]) -> Table:
+    used = [group.order for group, _ in pairs]
+    orders = [order for order in section.orders if order in used]
+    rows: list[tuple[str, ...]] = []
+    for label in dict.fromkeys(plain.label for plain, _ in pairs):
+        same = [(plain, realigned) for plain, realigned in pairs if plain.label == label]
+        before = {plain.order: plain.progress("backward") for plain, _ in same}
+        rows.append((label, *(cell for order in orders for cell in _cells(before.get(order)))))
+        for name in dict.fromkeys(realigned.label for _, realigned in same):
+            after = {r.order: r.progress("backward") for _, r in same if r.label == name}
+            changes = [_changes(before.get(order), after.get(order)) for order in orders]
+            rows.append((f"+ Realigning: {name}", *(cell for pair in changes for cell in pair)))
+    notes = (_BACKWARD, *_order_notes(section, orders), *_origin(section))
+    title = f"Table 5: realigning after any method (%), profile {section.profile}"
+    return Table(title, ("Method", *_headers(section, orders)), tuple(rows), notes, 1)
+
+
+def _changes(plain: Progress | None, realigned: Progress | None) -> tuple[str, str]:
+    """Return what realigning adds to mean and deviation, over equally many stages."""
+    if plain is None or realigned is None:
+        return "-", "-"
+    if plain.finished != realigned.finished:
+        return "n/a", "n/a"
+    pairs = ((plain.mean, realigned.mean), (plain.deviation, realigned.deviation))
+    cells = [
+        "n/a" if one.value is None or two.value is None else f"{two.value - one.value:+.2f}"
+        for one, two in pairs
+    ]
+    return cells[0], cells[1]

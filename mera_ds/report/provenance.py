@@ -1,0 +1,82 @@
+"""Where each number comes from: run, model, commit, hardware, data, judge and tokenizer."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from mera_ds.manifest import MANIFEST, read_manifest
+from mera_ds.plan import stage_folder
+from mera_ds.report.render import Table
+from mera_ds.report.results import Run, Score
+from mera_ds.report.summary import Section
+
+_HEADER = (
+    *("Method", "Run", "Seed", "Order", "Stage", "Test", "Score", "Items", "Judge or tokenizer"),
+    *("References", "Test data", "Training data", "Model", "dtype", "Commit", "Hardware"),
+)
+_HASH = 12
+"""Hex digits of a hash that are shown; the CSV has all."""
+
+
+def provenance_table(section: Section) -> Table:
+    """Return a row for every score of a section."""
+    rows = []
+    for row in _rows(section):
+        cells = list(row)
+        for place in (9, 10, 11, 12):
+            cells[place] = " ".join(part[:_HASH] for part in row[place].split())
+        rows.append(tuple(cells))
+    notes = (f"Hashes: SHA-256, the first {_HASH} digits; provenance.csv has all.",)
+    return Table(f"Provenance, profile {section.profile}", _HEADER, tuple(rows), notes, 1)
+
+
+def provenance_csv(sections: Sequence[Section]) -> str:
+    """Return the same rows as CSV, with whole hashes, after the profile."""
+    target = io.StringIO()
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow(["profile", *(name.lower().replace(" ", "_") for name in _HEADER)])
+    for section in sections:
+        writer.writerows([section.profile, *row] for row in _rows(section))
+    return target.getvalue()
+
+
+def _rows(section: Section) -> list[tuple[str, ...]]:
+    members = [("Expert", section.experts), *((g.label, g.runs) for g in section.groups)]
+    return [
+        _row(label, run, score)
+        for label, runs in members
+        for run in runs
+        for score in run.scores.values()
+    ]
+
+
+def _row(label: str, run: Run, score: Score) -> tuple[str, ...]:
+    facts = score.provenance
+    return (
+        label,
+        run.folder.name,
+        str(score.seed),
+        " > ".join(score.order),
+        str(score.stage),
+        f"{score.dataset} {score.task}",
+        f"{score.score:.4f}",
+        str(score.count) + (f" ({score.missing} missing)" if score.missing else ""),
+        score.judge or score.tokenizer or "-",
+        score.references_sha256,
+        " ".join(facts.get("test_data", ["-"])),
+        _training_data(run.folder, score),
+        score.model,
+        str(facts.get("dtype", run.config.backbone.dtype)),
+        str(facts.get("commit", "not recorded")),
+        str(facts.get("hardware", "not recorded")),
+    )
+
+
+def _training_data(folder: Path, score: Score) -> str:
+    """Return the hashes of the shard sets that the stage's last step learned from."""
+    product = folder / stage_folder(score.stage, score.stage_modality) / "model"
+    if not (product / MANIFEST).exists():
+        return "-"
+    data = read_manifest(product).provenance.get("data", {})
+    return " ".join(dict.fromkeys(entry for entries in data.values() for entry in entries)) or "-"

@@ -1,0 +1,106 @@
+"""The paper's Tables 2, 4 and 5 out of run folders that hold its raw scores."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mera_ds.report import write_report
+from mera_ds.report.intervals import Intervals
+from mera_ds.report.paper import paper_tables
+from mera_ds.report.render import Table, to_html, to_latex
+from mera_ds.report.results import read_runs
+from mera_ds.report.summary import summarise
+
+MakeRun = Callable[..., Path]
+METHODS: Mapping[str, tuple[str, float, str]] = {
+    "finetune": ("finetune", 10, "Fine-Tuning"),
+    "replay-1": ("replay", 1, "Replay(1%)"),
+    "replay-10": ("replay", 10, "Replay(10%)"),
+    "ewc": ("ewc", 10, "EWC"),
+    "pathweave": ("pathweave", 10, "PathWeave"),
+    "mera-1": ("mera", 1, "MERA(1%)"),
+    "mera-10": ("mera", 10, "MERA(10%)"),
+}
+
+
+@pytest.fixture
+def tables(make_run: MakeRun) -> dict[str, Table]:
+    """Return the paper's tables of all its methods in both orders, by number."""
+    folders = [make_run("experts", "expert")]
+    for order in ("sequential", "reverse"):
+        for source, (method, percent, _) in METHODS.items():
+            name = f"{source}-{order}"
+            folders.append(make_run(name, method, source, order, percent=percent))
+        # Stand-ins with known scores: the paper prints no raw scores of realigned methods.
+        folders.append(make_run(f"merge-{order}", "merge", "ewc", order))
+        folders.append(make_run(f"realign-{order}", "realign", "pathweave", order))
+    runs = read_runs(folders)
+    (section,) = summarise(runs)
+    return {table.title[:7]: table for table in paper_tables(section, runs)}
+
+
+def row(table: Table, label: str) -> tuple[str, ...]:
+    (found,) = [cells[1:] for cells in table.rows if cells[0] == label]
+    return found
+
+
+def test_table_2(tables: dict[str, Table], paper: dict[str, Any]) -> None:
+    for source, (_, _, label) in METHODS.items():
+        expected = [f"{value:.2f}" for value in paper["table_2"][source]]
+        assert list(row(tables["Table 2"], label)) == expected
+    best = {tables["Table 2"].rows[place][0] for place, _ in tables["Table 2"].best}
+    assert best == {"MERA(10%)"}
+    assert len(tables["Table 2"].best) == 4
+
+
+def test_table_4_has_the_rows_of_the_ablation(tables: dict[str, Table]) -> None:
+    labels = [cells[0] for cells in tables["Table 4"].rows]
+    assert labels == [
+        *("Fine-Tuning", "Merging", "Fine-Tuning + Realign"),
+        *("MERA(1%)", "MERA(10%)"),
+    ]
+
+
+def test_table_5_says_what_realigning_adds(tables: dict[str, Table], paper: dict[str, Any]) -> None:
+    plain, better = paper["table_2"]["finetune"], paper["table_2"]["pathweave"]
+    change = row(tables["Table 5"], "+ Realigning: Fine-Tuning + Realign")
+    differences = [two - one for one, two in zip(plain, better, strict=True)]
+    assert [float(cell) for cell in change] == pytest.approx(differences, abs=0.011)
+    assert all(cell[0] in "+-" for cell in change)
+    assert row(tables["Table 5"], "Fine-Tuning") == row(tables["Table 2"], "Fine-Tuning")
+    assert row(tables["Table 5"], "Merging") == row(tables["Table 2"], "Merging")
+
+
+def test_a_method_that_the_paper_has_not_keeps_its_name(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("experts", "expert"), make_run("own", "my-method")]
+    text = write_report(runs, tmp_path / "out").text
+    assert "my-method" in text
+    assert "Table 4" not in text
+
+
+HOSTILE = Table("A & B", ("Name", "x_1\n%"), (("<b>", "50 % ~ \\"),), ("note # 1",), 1, frozenset())
+
+
+def test_latex_and_html_show_every_sign_as_it_is() -> None:
+    latex = to_latex(HOSTILE)
+    assert r"Name & x\_1 \% \\" in latex
+    assert r"$<$b$>$ & 50 \% \textasciitilde{} \textbackslash{} \\" in latex
+    assert r"\caption{A \& B. note \# 1}" in latex
+    page = to_html(HOSTILE)
+    assert "<b>" not in page
+    assert "&lt;b&gt;" in page
+
+
+def test_the_best_is_bold_in_latex_and_html(tables: dict[str, Table]) -> None:
+    assert r"\textbf{101.00}" in to_latex(tables["Table 2"])
+    assert "<td class=best>101.00</td>" in to_html(tables["Table 2"])
+
+
+def test_without_stored_items_there_are_no_intervals(make_run: MakeRun) -> None:
+    runs = read_runs([make_run("experts", "expert"), make_run("mera", "mera")])
+    (section,) = summarise(runs)
+    intervals = Intervals(section)
+    assert intervals.mean_gain(section.groups, "backward", 4) is None
+    assert intervals.score(section.groups[0], 1, ("image", "qa")) is None
