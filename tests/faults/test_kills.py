@@ -29,10 +29,10 @@ def end(run: Path, failpoint: str = "") -> Ended:
 
 
 @pytest.mark.slow
-def test_every_command_killed_at_random_moments(tmp_path: Path) -> None:
-    """Shard writing, init, features, align, tune, merge, realign, evaluate, merge of folders."""
+def test_commands_killed_at_random_moments(tmp_path: Path) -> None:
+    """The last four: merge, realign, evaluate, merge of folders; the others run undisturbed."""
     script = REPOSITORY / "benchmarks/kills.py"
-    command = [sys.executable, str(script), "--kills", "9", "--seed", str(time.time_ns())]
+    command = [sys.executable, str(script), "--kills", "4", "--seed", str(time.time_ns())]
     places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
     ended = subprocess.run(
         [*command, *places],
