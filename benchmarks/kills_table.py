@@ -20,8 +20,8 @@ class Counted(Protocol):
     problems: list[str]
 
 
-def markdown(tallies: Sequence[Counted], seconds: float, seed: int) -> str:
-    """Return the result as Markdown."""
+def markdown(tallies: Sequence[Counted], seconds: float, seed: int, load: float) -> str:
+    """Return the result as Markdown; `load` is the machine's load before."""
     kills = sum(tally.kills for tally in tallies)
     ends = sum(tally.ends for tally in tallies)
     problems = [problem for tally in tallies for problem in tally.problems]
@@ -29,7 +29,8 @@ def markdown(tallies: Sequence[Counted], seconds: float, seed: int) -> str:
         f"# {kills} kills with SIGKILL at random moments",
         "",
         f"{_hardware()}, no GPU; profile `tiny`, one rank; commit {_commit()}; seed {seed}; "
-        f"{seconds / 60:.1f} min of wall time. `python benchmarks/kills.py --kills {kills}`",
+        f"{seconds / 60:.1f} min of wall time, load before {load:.1f}. "
+        f"`python benchmarks/kills.py --kills {kills}`",
         "",
         "| command | undisturbed s | kills | of them after a write | ends | problems |",
         "|---|---|---|---|---|---|",

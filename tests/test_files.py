@@ -14,6 +14,7 @@ from mera_ds.errors import InputError, LockedError, ResourceError
 from mera_ds.files import (
     FAILPOINT_VARIABLE,
     TEMPORARY,
+    add_to_json,
     committed_folder,
     folder_lock,
     full_disk_is_an_error,
@@ -21,8 +22,10 @@ from mera_ds.files import (
     read_json,
     remove_temporaries,
     require_space,
+    require_unlocked,
     sha256_file,
     sha256_json,
+    shared_folder,
     write_bytes,
     write_json,
 )
@@ -202,6 +205,30 @@ class TestRemoveTemporaries:
         assert remove_temporaries(tmp_path) == []
 
 
+class TestSharedPlaces:
+    def test_entries_of_two_processes_are_all_kept(self, tmp_path: Path) -> None:
+        code = "for n in range(20): add_to_json(Path(sys.argv[1]), {sys.argv[2] + str(n): n})"
+        path = tmp_path / "notes.json"
+        (tmp_path / f"notes.json{TEMPORARY}-7").write_text("{")
+        first, second = (python(code, path, name) for name in "ab")
+        assert (first.wait(), second.wait()) == (0, 0)
+        assert read_json(path) == {f"{name}{n}": n for name in "ab" for n in range(20)}
+        assert {entry.name for entry in tmp_path.iterdir()} == {"notes.json", "notes.json.lock"}
+        add_to_json(path, {"a0": 7})
+        assert read_json(path)["a0"] == 7
+
+    def test_only_who_is_alone_cleans_up(self, tmp_path: Path) -> None:
+        left = tmp_path / f"a/x{TEMPORARY}-12"
+        left.mkdir(parents=True)
+        with shared_folder(tmp_path):
+            assert not left.exists()
+            left.mkdir()
+            assert python("with shared_folder(Path(sys.argv[1])): pass", tmp_path).wait() == 0
+            assert left.exists()
+        with shared_folder(tmp_path):
+            assert not left.exists()
+
+
 class TestFullDisk:
     def test_of_a_file(self, small_disk: Path) -> None:
         write_bytes(small_disk / "x", b"old")
@@ -263,6 +290,8 @@ class TestLock:
             folder_lock(tmp_path),
         ):
             pytest.fail("two processes hold the lock")
+        with pytest.raises(LockedError, match=f"in use by process {holder.pid}"):
+            require_unlocked(tmp_path)
         assert time.monotonic() - started < 1
         assert contents(tmp_path) == before
 
@@ -288,6 +317,8 @@ class TestLock:
     def test_it_is_released_at_the_end_and_after_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="inside"), folder_lock(tmp_path):
             raise ValueError("inside")
+        require_unlocked(tmp_path)
+        require_unlocked(tmp_path / "nowhere")
         with folder_lock(tmp_path):
             pass
         assert python("with folder_lock(Path(sys.argv[1])): pass", tmp_path).wait() == 0

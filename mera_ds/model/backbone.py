@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from mera_ds.checkpoint import Manifest
 from mera_ds.config import BackboneConfig
 from mera_ds.deltas import weighted_deltas
-from mera_ds.errors import InputError
+from mera_ds.errors import DataError, InputError
 from mera_ds.log import logger
 from mera_ds.model.embedding import keep_embedding_on_host
 from mera_ds.model.lora import fold_deltas
@@ -23,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def load_tokenizer(folder: Path) -> Any:
     """Load a tokenizer from a local folder; never from a hub."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"backbone.path: no tokenizer can be loaded from {folder}: {error}"
@@ -35,6 +36,7 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
 
     Raises:
         InputError: if the folder is no causal language model that transformers knows.
+        DataError: if its weights are damaged.
     """
     transformers.utils.logging.disable_progress_bar()
     attention, reason = choose_attention(config)
@@ -48,6 +50,10 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"backbone.path: no model can be loaded from {folder}: {error}") from None
+    except SafetensorError as error:
+        raise DataError(
+            f"backbone.path: the weights in {folder} are damaged ({error}); restore them"
+        ) from None
     _refuse_scaled_logits(llm, folder)
     prepare_backbone(llm, config)
     logger.info(
