@@ -44,7 +44,7 @@ def diagnose(arguments: argparse.Namespace) -> None:
     from mera_ds.distributed import ensure_launcher_variables, process_group
     from mera_ds.evaluate.diagnose import diagnose as find
     from mera_ds.report.diagnosis import diagnosis_figure, diagnosis_table
-    from mera_ds.report.tables import to_text
+    from mera_ds.report.render import to_text
     from mera_ds.sequence import open_run
 
     set_up_console()

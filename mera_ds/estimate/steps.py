@@ -23,7 +23,7 @@ from mera_ds.estimate.work import (
     texts_of,
     training_flops,
 )
-from mera_ds.plan import LORA, DataPart, EvaluateStep, MergeStep, Step, TrainStep
+from mera_ds.plan import LORA, DataPart, EvaluateStep, FisherStep, MergeStep, Step, TrainStep
 
 ANSWER_TOKENS = 14
 """Assumed length of what is generated."""
@@ -54,6 +54,19 @@ class Estimate:
     """Whether data is missing and the paper's sizes were taken."""
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """What it takes to go once through some data."""
+
+    samples: int
+    flops: float
+    longest: int
+    """Longest row in tokens."""
+    features: float
+    """Bytes of the media's features."""
+    from_paper: bool
+
+
 class Estimator:
     """Estimates for one run on one device."""
 
@@ -81,6 +94,8 @@ class Estimator:
             return Estimate(seconds=MERGE_SECONDS)
         if isinstance(step, EvaluateStep):
             return self._evaluation(step)
+        if isinstance(step, FisherStep):
+            return self._fisher(step)
         return self._training(step)
 
     def _find_encoder(self, modality: str) -> Part:
@@ -107,13 +122,13 @@ class Estimator:
         ]
         return lengths[0], min(lengths[1], prompt.max_length)
 
-    def _training(self, step: TrainStep) -> Estimate:
-        settings, execution = self._config.phase(step.phase), self._config.execution
-        rank = self._config.lora.rank if LORA in step.trainable else 0
+    def _passes(self, data: Sequence[DataPart], phase: str, rank: int) -> _Passes:
+        """Return what it takes to go forward and back once through some data."""
+        settings, execution = self._config.phase(phase), self._config.execution
         # Selective recomputation does no product again.
         recompute = self._config.backbone.gradient_checkpointing not in ("none", "selective", 0)
         samples, flops, longest, features, from_paper = 0, 0.0, 0.0, 0.0, False
-        for part in step.data:
+        for part in data:
             encoder = self._encoder(part.modality)
             for texts in self._texts(part, settings.tasks):
                 count = math.ceil(texts.count * part.percent / 100)
@@ -125,23 +140,46 @@ class Estimator:
                 samples += count
                 longest = max(longest, most)
                 from_paper = from_paper or texts.from_paper
-        steps = math.ceil(samples / settings.batch_size) * settings.epochs
+        return _Passes(samples, flops, math.ceil(longest), features, from_paper)
+
+    def _rate(self) -> float:
+        """Return the operations per second of all ranks."""
+        execution = self._config.execution
+        return self._speed.flops * UTILISATION[self._speed.device] * execution.processes
+
+    def _training(self, step: TrainStep) -> Estimate:
+        settings, execution = self._config.phase(step.phase), self._config.execution
+        rank = self._config.lora.rank if LORA in step.trainable else 0
+        passes = self._passes(step.data, step.phase, rank)
+        steps = math.ceil(passes.samples / settings.batch_size) * settings.epochs
         steps = min(steps, settings.max_steps or steps)
-        flops *= steps * settings.batch_size / max(1, samples)
+        flops = passes.flops * steps * settings.batch_size / max(1, passes.samples)
         trainable = sum(self._connector(part.modality)[0] for part in step.data)
         trainable += self._shape.lora(rank) if rank else 0
-        rate = self._speed.flops * UTILISATION[self._speed.device] * execution.processes
         per_step = seconds_per_step(self._run, step.name)
         cached = execution.features == "cached" and step.phase == "align"
         return Estimate(
-            samples=samples,
+            samples=passes.samples,
             steps=steps,
-            memory=self._training_memory(step, rank, math.ceil(longest)),
-            seconds=flops / rate if per_step is None else steps * per_step,
+            memory=self._training_memory(step, rank, passes.longest),
+            seconds=flops / self._rate() if per_step is None else steps * per_step,
             measured=per_step is not None,
-            disk=4 * trainable + (features if cached else 0),
+            disk=4 * trainable + (passes.features if cached else 0),
             disk_meanwhile=12 * trainable * execution.keep_checkpoints,
-            from_paper=from_paper,
+            from_paper=passes.from_paper,
+        )
+
+    def _fisher(self, step: FisherStep) -> Estimate:
+        """Samples go through the model one by one; there is no optimizer."""
+        rank = self._config.lora.rank
+        passes = self._passes(step.data, "tune", rank)
+        factors = 4.0 * self._shape.lora(rank)
+        return Estimate(
+            samples=passes.samples,
+            memory=self._shape.parameters * SIZE[self._config.backbone.dtype] + 3 * factors,
+            seconds=passes.flops / self._rate(),
+            disk=factors,
+            from_paper=passes.from_paper,
         )
 
     def _training_memory(self, step: TrainStep, rank: int, longest: int) -> float:

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mera_ds.evaluate.findings import Finding
-from mera_ds.report.tables import Table
+from mera_ds.report.render import Table
 
 _NOTES = (
     "Loss per supervised token on the test set. (a) backbone of the stage, connector as learnt; "
