@@ -122,28 +122,32 @@ def write_product(
         DataError: if a tensor is empty or not finite.
     """
     before = read_manifest(previous) if previous is not None else None
-    connectors, replaced, measured = connectors or {}, replaced or {}, measured or {}
+    connectors, replaced = connectors or {}, replaced or {}
     kept = dict(before.connectors) if before else {}
     kept = {name: entry for name, entry in kept.items() if name not in {*connectors, *without}}
     entries = list(lineage if lineage is not None else before.lineage if before else ())
     new = [*connectors.values(), *replaced.values(), weave or {}, importance or {}]
     _require_space(product, [*new, *([delta.tensors] if delta else [])])
     kept_weave = before.weave if before and weave is None else None
+    full = before.backbone if before and backbone is None else None
     with committed_folder(product) as folder:
-        full = before.backbone if before and backbone is None else None
-        files = [entry.file for entry in (*kept.values(), *([kept_weave] if kept_weave else []))]
-        files += [entry.file for entry in (full.files if full else ())]
-        for file in [*files, *(file for entry in entries for file in entry.files)]:
+        files = [
+            *kept.values(),
+            *(full.files if full else ()),
+            *([kept_weave] if kept_weave else []),
+        ]
+        names = [
+            *(entry.file for entry in files),
+            *(file for entry in entries for file in entry.files),
+        ]
+        for file in names:
             link_or_copy(_of(previous) / file, folder / file)
         if backbone is not None:
             full = _link_backbone(folder, backbone)
         for modality, tensors in connectors.items():
             file = f"connectors/{modality}.safetensors"
             kept[modality] = FileEntry(file=file, sha256=save_tensors(folder / file, tensors))
-        for position, entry in enumerate(entries):
-            if entry.stage in replaced:
-                entries[position] = _save_replaced(folder, entry, replaced[entry.stage])
-        entries = [_save_measured(folder, entry, measured) for entry in entries]
+        entries = _save_changes(folder, entries, replaced, measured or {})
         if before is not None and lineage is not None:
             entries = list(keep_parents(before.lineage, entries))
         if delta is not None:
@@ -162,6 +166,20 @@ def write_product(
         )
         write_json(folder / MANIFEST, manifest_facts(manifest))
     return manifest
+
+
+def _save_changes(
+    folder: Path,
+    lineage: Iterable[DeltaEntry],
+    replaced: Mapping[int, Mapping[str, Tensor]],
+    measured: Mapping[int, Mapping[str, Tensor]],
+) -> list[DeltaEntry]:
+    """Write what takes the place of some deltas' factors and Fisher information."""
+    entries = [
+        _save_replaced(folder, entry, replaced[entry.stage]) if entry.stage in replaced else entry
+        for entry in lineage
+    ]
+    return [_save_measured(folder, entry, measured) for entry in entries]
 
 
 def _link_backbone(product: Path, new: NewBackbone) -> FullBackbone:

@@ -139,7 +139,7 @@ def _is_own_package(path: Path, name: str) -> bool:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "methods").glob("*.py")), ids=label)
 def test_methods_know_only_configuration_and_plans(path: Path) -> None:
-    known = {"methods", "config", "mergeconfig", "settings", "plan"}
+    known = {"methods", "config", "mergeconfig", "settings", "plan", "errors"}
     assert {unit(name) for name in own_imports(path)} <= known
 
 
