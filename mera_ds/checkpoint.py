@@ -123,30 +123,20 @@ def write_product(
     """
     before = read_manifest(previous) if previous is not None else None
     connectors, replaced = connectors or {}, replaced or {}
-    kept = dict(before.connectors) if before else {}
-    kept = {name: entry for name, entry in kept.items() if name not in {*connectors, *without}}
+    old = before.connectors if before else {}
+    kept = {name: entry for name, entry in old.items() if name not in {*connectors, *without}}
     entries = list(lineage if lineage is not None else before.lineage if before else ())
-    new = [*connectors.values(), *replaced.values(), weave or {}, importance or {}]
-    _require_space(product, [*new, *([delta.tensors] if delta else [])])
+    added = [weave, importance, delta.tensors if delta else None]
+    _require_space(product, [*connectors.values(), *replaced.values(), *filter(None, added)])
     kept_weave = before.weave if before and weave is None else None
     full = before.backbone if before and backbone is None else None
     with committed_folder(product) as folder:
-        files = [
-            *kept.values(),
-            *(full.files if full else ()),
-            *([kept_weave] if kept_weave else []),
-        ]
-        names = [
-            *(entry.file for entry in files),
-            *(file for entry in entries for file in entry.files),
-        ]
-        for file in names:
-            link_or_copy(_of(previous) / file, folder / file)
+        files = [*kept.values(), *(full.files if full else ()), *filter(None, [kept_weave])]
+        _link(previous, folder, [*(entry.file for entry in files), *_files_of(entries)])
         if backbone is not None:
             full = _link_backbone(folder, backbone)
         for modality, tensors in connectors.items():
-            file = f"connectors/{modality}.safetensors"
-            kept[modality] = FileEntry(file=file, sha256=save_tensors(folder / file, tensors))
+            kept[modality] = _save_part(folder, f"connectors/{modality}", tensors)
         entries = _save_changes(folder, entries, replaced, measured or {})
         if before is not None and lineage is not None:
             entries = list(keep_parents(before.lineage, entries))
@@ -161,8 +151,8 @@ def write_product(
             connectors=dict(sorted(kept.items())),
             provenance={**(provenance or {}), "software": software_versions()},
             backbone=full,
-            weave=_save_part(folder, "weave", weave) or kept_weave,
-            importance=_save_part(folder, "importance", importance),
+            weave=_save_part(folder, "weave", weave) if weave else kept_weave,
+            importance=_save_part(folder, "importance", importance) if importance else None,
         )
         write_json(folder / MANIFEST, manifest_facts(manifest))
     return manifest
@@ -198,16 +188,19 @@ def _require_space(product: Path, new: Iterable[Mapping[str, Tensor]]) -> None:
     require_space(product.parent, size + 1_000_000)
 
 
-def _save_part(folder: Path, name: str, tensors: Mapping[str, Tensor] | None) -> FileEntry | None:
-    if tensors is None:
-        return None
+def _save_part(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> FileEntry:
     file = f"{name}.safetensors"
     return FileEntry(file=file, sha256=save_tensors(folder / file, tensors))
 
 
-def _of(previous: Path | None) -> Path:
-    assert previous is not None
-    return previous
+def _files_of(lineage: Iterable[DeltaEntry]) -> list[str]:
+    return [file for entry in lineage for file in entry.files]
+
+
+def _link(previous: Path | None, folder: Path, files: Iterable[str]) -> None:
+    for file in files:
+        assert previous is not None
+        link_or_copy(previous / file, folder / file)
 
 
 def _save_delta(
