@@ -208,6 +208,8 @@ class ExecutionConfig:
     launcher: Literal["inline", "torchrun", "deepspeed"] = "inline"
     """How `mera-ds run` starts a training step; `inline`: in its own process."""
     processes: int = 1
+    compile: bool = False
+    """Train with the backbone's layers compiled (torch.compile); needs a C++ compiler or Triton."""
     micro_batch_size: int = 16
     """Largest number of samples a process takes through the model at once."""
     packing: bool = False

@@ -4,6 +4,7 @@ A row is  prefix · medium · suffix · answer · end.  The pieces are tokenised
 the supervised span is known by construction and no second tokenisation has to agree with it.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ ANSWER = "\ue001"
 
 TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 """Qwen3 answers at once; Llama 3.1 and later write a date, which must not be that of the day."""
+
+FRAMES_KEPT = 4096
+"""How many questions' token ids are remembered; a tokenizer takes longer than all else here."""
 
 Style = Literal["chat", "plain", "bare"]
 
@@ -74,6 +78,7 @@ class PromptBuilder:
             self._space, end = self._learn_turn()
         self.end_ids = tuple(sorted({end[-1], self._eos}))
         """Tokens that end a generated text."""
+        self._framed = functools.lru_cache(maxsize=FRAMES_KEPT)(self._frame_ids)
         newline = bare and config.align_end == "newline"
         self._end = self._ids("\n") if newline else end
 
@@ -88,7 +93,7 @@ class PromptBuilder:
         Raises:
             DataError: if the answer has no token.
         """
-        prefix, suffix = self._frame(question)
+        prefix, suffix = self._framed(question)
         target: tuple[int, ...] = ()
         if answer is not None:
             text = answer.strip()
@@ -96,7 +101,7 @@ class PromptBuilder:
             if not target or not text:
                 raise DataError(f"{where}: the answer {answer!r} has no token to learn from")
             target = (*target, *self._end)
-        return TokenPieces(prefix, self._ids(suffix), target)
+        return TokenPieces(prefix, suffix, target)
 
     def build_text(
         self, text: Text, caption_prompt: str, where: str, supervised: bool = True
@@ -121,6 +126,11 @@ class PromptBuilder:
         """Return a question of the task QA with the configured request for a short answer."""
         suffix = self._config.qa_suffix
         return question if suffix is None else f"{question}\n{suffix}"
+
+    def _frame_ids(self, question: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the token ids in front of the medium, and between it and the answer."""
+        prefix, suffix = self._frame(question)
+        return prefix, self._ids(suffix)
 
     def _frame(self, question: str) -> tuple[tuple[int, ...], str]:
         """Return the token ids in front of the medium, and the text between it and the answer."""

@@ -37,6 +37,7 @@ from mera_ds.log import Metrics, logger
 from mera_ds.manifest import backbone_identity
 from mera_ds.merge.fisher import marginals_from_moments
 from mera_ds.model.build import build_encoders, build_model, move_to
+from mera_ds.model.compilation import compile_layers
 from mera_ds.model.connectors import Connector
 from mera_ds.model.mllm import MultimodalLM
 from mera_ds.model.trainable import set_trainable
@@ -101,6 +102,8 @@ def _train(
         fit_connector(model, mixture[step.modality], step.modality)
     check_token_counts(model, mixture, config.prompt.max_length)
     model.train()
+    if config.execution.compile:
+        compile_layers(model.llm)
     sets = set_trainable(model, step.trainable)
     folder = _checkpoint_folder(run, step)
     held = _held_factors(run, step)

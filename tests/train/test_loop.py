@@ -189,7 +189,7 @@ def test_a_lost_rank_ends_the_others(
 def test_another_stage_and_number_of_ranks_continue(fresh: Path) -> None:
     """Connector and LoRA; dropout is off for the comparison.
 
-    One rank to two to one, ZeRO 1 to 3 to 2, the optimizer in the GPU's memory, then the host's.
+    One rank to two to one, ZeRO 1 to 3 to 2, later with offloading.
     """
     config = fresh / "config.yaml"
     write_bytes(
