@@ -9,7 +9,7 @@ outlive what made them.
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from mera_ds.checkpoint import save_tensors
 from mera_ds.config import RunConfig, cache_folder
 from mera_ds.data.dataset import MediaCache, ModalityData, UnitReader, UnitRef
 from mera_ds.data.prompts import PromptBuilder
-from mera_ds.distributed import World, gather, main_rank_first, share
+from mera_ds.distributed import World, main_rank_first, share
 from mera_ds.errors import DataError, LockedError
 from mera_ds.files import committed_folder, failpoint, folder_lock, remove_temporaries
 from mera_ds.identity import data_folders
@@ -147,12 +147,14 @@ class FeatureStore:
         """Encode every medium that has no features yet; the ranks share the parts.
 
         What is still missing then, on a node whose cache is its own, the node's first rank encodes.
+        Ranks are spoken to only if there are several in `world`.
         """
-        with self._claimed(world):
+        if world.size == 1:
+            with self._claimed():
+                self._encode_all(self._missing(), world.device)
+            return
+        with self._claimed() if world.is_main else nullcontext():
             todo = share(self._missing())
-            if todo:
-                media = sum(len(part.media) for part in todo)
-                logger.info("%s: encoding %d media once", self._data.modality, media)
             with main_rank_first(world):
                 self._encode_all(todo[world.rank :: world.size], world.device)
             with main_rank_first(world):
@@ -160,18 +162,16 @@ class FeatureStore:
                     self._encode_all(self._missing(), world.device)
 
     @contextmanager
-    def _claimed(self, world: World) -> Iterator[None]:
-        """Hold the locks of the folders that will be written, on the first rank.
+    def _claimed(self) -> Iterator[None]:
+        """Hold the locks of the folders that will be written.
 
         Another process that computes the same features is waited for; what a killed one left is
         removed.
         """
         with ExitStack() as locks:
-            if world.is_main:
-                for root in sorted({self._folder(part).parent for part in self._missing()}):
-                    locks.enter_context(_waited_for(root))
-                    remove_temporaries(root)
-            gather(None)
+            for root in sorted({self._folder(part).parent for part in self._missing()}):
+                locks.enter_context(_waited_for(root))
+                remove_temporaries(root)
             yield
 
     def _parts(self) -> list[Part]:
@@ -217,6 +217,8 @@ class FeatureStore:
 
     def _encode_all(self, parts: list[Part], device: str) -> None:
         total, done, printed = sum(len(part.media) for part in parts), 0, time.monotonic()
+        if parts:
+            logger.info("%s: encoding %d media once", self._data.modality, total)
         for part in parts:
             self._encode(part, device)
             failpoint("features.part")

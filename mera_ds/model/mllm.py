@@ -228,13 +228,12 @@ class MultimodalLM(nn.Module):
             )
 
     def _hidden(self, rows: Rows) -> Tensor:
-        """Return the backbone's last hidden states (B, T, D)."""
-        padding = not bool(rows.attention.all())
-        return self.llm.base_model(
-            inputs_embeds=rows.embeddings,
-            attention_mask=rows.attention if padding else None,
-            use_cache=False,
-        ).last_hidden_state
+        """Return the backbone's last hidden states (B, T, D).
+
+        Padding is on the right, where no real position looks, so the mask is left out: attention is
+        faster without one.
+        """
+        return self.llm.base_model(inputs_embeds=rows.embeddings, use_cache=False).last_hidden_state
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
