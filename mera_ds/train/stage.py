@@ -65,7 +65,7 @@ def run_train_step(run: Path, config: RunConfig, plan: Plan, step: TrainStep, wo
         key = product_key(config, run, plan, step)
         if is_finished(run / step.output, key):
             if world.is_main:
-                remove_checkpoints(_checkpoint_folder(run, step))  # if a kill came in between
+                _clear(_checkpoint_folder(run, step))  # if a kill came in between
                 logger.info("%s is finished", step.name)
             return
         folder = _checkpoint_folder(run, step)
@@ -120,8 +120,13 @@ def _train(
             if any(part.percent < 100 for part in step.data):
                 _store_replay_list(folder, config, step.data, mixture)
             _write(run, config, step, key, start, {**trained, **buffers}, moments, fingerprints)
-            remove_checkpoints(folder)
-            shutil.rmtree(folder / BACKBONE_FOLDER, ignore_errors=True)  # the product links it
+            _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a finished phase needs no more; its product links the tuned backbone."""
+    remove_checkpoints(folder)
+    shutil.rmtree(folder / BACKBONE_FOLDER, ignore_errors=True)
 
 
 def _checkpoint_folder(run: Path, step: TrainStep) -> Path:
