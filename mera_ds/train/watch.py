@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from mera_ds.distributed import World, gather, main_rank_first
 from mera_ds.errors import InputError, RankError
-from mera_ds.files import read_json
+from mera_ds.files import full_disk_is_an_error, read_json
 from mera_ds.log import logger
 from mera_ds.settings import parse
 from mera_ds.train import guardian
@@ -89,9 +89,10 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         """Begin to watch."""
-        with main_rank_first(self._world) as mine:
+        with main_rank_first(self._world) as mine, full_disk_is_an_error(self._folder):
+            if mine:
+                shutil.rmtree(self._folder, ignore_errors=True)  # of ranks that were killed
             if mine and self._world.size > 1:
-                shutil.rmtree(self._folder, ignore_errors=True)
                 self._folder.mkdir(parents=True)
         if self._world.size > 1:
             self._write()
