@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -108,6 +109,7 @@ def execute_merge(run: Run, step: MergeStep) -> None:
     key = product_key(run.config, run.folder, run.plan, step)
     if is_finished(run.folder / step.output, key):
         logger.info("%s is finished", step.name)
+        shutil.rmtree(_merge_folder(run, step), ignore_errors=True)  # if a kill came in between
         return
     start, output = run.folder / step.start, run.folder / step.output
     check_lineage(start, read_manifest(start), base_sha256(run.config, run.folder))
@@ -134,6 +136,11 @@ def execute_merge(run: Run, step: MergeStep) -> None:
     )
 
 
+def _merge_folder(run: Run, step: MergeStep) -> Path:
+    """Return where full weights are merged, before the product holds them."""
+    return (run.folder / step.output).with_name(step.kind)
+
+
 def _merge_full(run: Run, step: MergeStep, key: str) -> Manifest:
     """Average the backbone that was tuned as a whole with the one that it was tuned from."""
     from mera_ds.merge.full import FullMerge, merge_full_product
@@ -154,7 +161,7 @@ def _merge_full(run: Run, step: MergeStep, key: str) -> Manifest:
     return merge_full_product(
         merge,
         run.folder / step.output,
-        (run.folder / step.output).with_name(step.kind),
+        _merge_folder(run, step),
         key=key,
         step=step.name,
         stage=step.stage,

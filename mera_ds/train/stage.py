@@ -75,7 +75,7 @@ def run_train_step(run: Path, config: RunConfig, plan: Plan, step: TrainStep, wo
         key = product_key(config, run, plan, step)
         if is_finished(run / step.output, key):
             if world.is_main:
-                remove_checkpoints(_checkpoint_folder(run, step))  # if a kill came in between
+                _clear(_checkpoint_folder(run, step))  # if a kill came in between
                 logger.info("%s is finished", step.name)
             return
         folder = _checkpoint_folder(run, step)
@@ -129,8 +129,13 @@ def _train(
                 _store_replay_list(folder, config, step.data, mixture)
             trained = {**trained, **buffers}
             _write(run, config, step, key, start, trained, moments, fingerprints)
-            remove_checkpoints(folder)
-            shutil.rmtree(folder / BACKBONE_FOLDER, ignore_errors=True)  # the product links it
+            _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a finished phase needs no more; its product links the tuned backbone."""
+    remove_checkpoints(folder)
+    shutil.rmtree(folder / BACKBONE_FOLDER, ignore_errors=True)
 
 
 def _held_factors(run: Path, step: TrainStep) -> HeldFactors | None:

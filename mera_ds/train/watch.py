@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from mera_ds.distributed import World, gather, main_rank_first
 from mera_ds.errors import InputError, RankError
-from mera_ds.files import read_json
+from mera_ds.files import full_disk_is_an_error, read_json
 from mera_ds.log import logger
 from mera_ds.settings import parse
 from mera_ds.train import guardian
@@ -89,9 +89,10 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         """Begin to watch."""
-        with main_rank_first(self._world) as mine:
+        with main_rank_first(self._world) as mine, full_disk_is_an_error(self._folder):
+            if mine:
+                shutil.rmtree(self._folder, ignore_errors=True)  # of ranks that were killed
             if mine and self._world.size > 1:
-                shutil.rmtree(self._folder, ignore_errors=True)
                 self._folder.mkdir(parents=True)
         if self._world.size > 1:
             self._write()
@@ -119,9 +120,8 @@ class Watch:
         self._left.set()
         if self._thread.ident is not None:
             self._thread.join()
-        if self._guardian is not None and self._guardian.stdin is not None:
-            with suppress(OSError):
-                self._guardian.stdin.close()
+        if self._guardian is not None:
+            self._guardian.kill()  # loader processes may hold its input open
             self._guardian.wait()
         self._file(self._world.rank).unlink(missing_ok=True)
         with suppress(OSError):  # by the last
@@ -190,12 +190,14 @@ class Watch:
 
     def _look(self) -> None:
         now = time.monotonic()
-        silent = [
-            rank for rank, since in self._last_signs(now).items() if now - since > self._seconds
-        ]
+        stuck = self._place.step is not None and now - self._got_on > self._seconds
+        # If this rank waits in vain, one that was stopped meanwhile is the reason.
+        patience = min(self._seconds, _ACCUSE_SECONDS) if stuck else self._seconds
+        signs = self._last_signs(now)
+        silent = [rank for rank, since in signs.items() if now - since > patience]
         if silent:
-            self._end(self._described(silent, f"has not answered for {self._seconds:g} s"))
-        if self._place.step is not None and now - self._got_on > self._seconds:
+            self._end(self._described(silent, "has shown no sign of life"))
+        if stuck:
             self._end_for_those_behind()
 
     def _end_for_those_behind(self) -> NoReturn:
@@ -225,8 +227,8 @@ class Watch:
 
     def _accuse(self) -> None:
         """End if some ranks show no sign of life or kept the others waiting, and name them."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # of a launcher that has seen the same
+        numbers = (signal.SIGTERM, signal.SIGINT)  # of a launcher that has seen the same
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
         self._left.set()
         self._thread.join()
         begin = time.monotonic()
@@ -241,6 +243,8 @@ class Watch:
             self._end(self._described(silent, "died or was stopped"))
         if timed_out and self._place.step is not None:
             self._end_for_those_behind()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def _places(self) -> dict[int, Place]:
         found = {}

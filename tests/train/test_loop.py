@@ -6,6 +6,7 @@ run that nothing disturbed.
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from mera_ds.cli.launch import train_stage
 from mera_ds.config import REPOSITORY
-from mera_ds.errors import DataError, InputError, Interrupted
+from mera_ds.errors import DataError, InputError, Interrupted, RankError
 from mera_ds.files import FAILPOINT_VARIABLE, TEMPORARY, sha256_file, write_bytes
 from mera_ds.log import Metrics
 
@@ -180,7 +181,12 @@ def test_a_lost_rank_ends_the_others(
     ranks.signal(signal.SIGKILL, rank=1)
     survivor, lost = ranks.wait()
     assert lost.exit_code == -signal.SIGKILL
-    assert survivor.exit_code not in (0, -signal.SIGKILL), "it must end by itself"
+    assert survivor.exit_code == RankError.exit_code, "it must end by itself"
+    (line,) = (text for text in survivor.log.splitlines() if text.startswith("error: "))
+    assert re.match(
+        r"error: rank 1 died or was stopped: process \d+ on \S+, .* at step \d+ with audio/audio-",
+        line,
+    )
     _finish(fresh, ranks=2)
     assert _contents(fresh) == undisturbed(ranks=2)[0]
 
