@@ -1,12 +1,13 @@
 """The table and the figure of `mera-ds diagnose`. Imports no torch."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mera_ds.evaluate.findings import Finding
 from mera_ds.report.render import Table
@@ -54,17 +55,17 @@ def diagnosis_figure(findings: Sequence[Finding], title: str) -> bytes:
     newest = [entry for entry in findings if entry.stage == last and entry.learnt_at < last]
     with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 7, "figure.dpi": 200}):
         figure = Figure(figsize=(7.0, 2.6), layout="constrained")
-        lost, weights, states = figure.subplots(1, 3)
+        folded = all(entry.weight_drift for entry in newest)
+        lost, states, *others = figure.subplots(1, 3 if folded else 2)
         _draw_losses(lost, [entry for entry in findings if entry.learnt_at < entry.stage])
-        for entry, colour in zip(newest, COLOURS * len(newest), strict=False):
-            look = {"color": colour, "label": entry.modality, "linewidth": 1.0}
-            weights.plot([100 * value for value in entry.weight_drift], **look)
-            states.plot(entry.cosines, **look)
-        weights.set(xlabel="block", ylabel="change of weights since learnt, %")
-        states.set(xlabel="block", ylabel="cosine of hidden states")
-        states.legend(frameon=False)
-        for axes in (lost, weights, states):
+        cosines = {entry.modality: list(entry.cosines) for entry in newest}
+        _draw_blocks(states, cosines, "cosine of hidden states")
+        for weights in others:
+            drifts = {e.modality: [100 * value for value in e.weight_drift] for e in newest}
+            _draw_blocks(weights, drifts, "change of weights since learnt, %")
+        for axes in (lost, states, *others):
             axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         figure.suptitle(title, x=0.01, ha="left", fontsize=7)
         target = io.BytesIO()
         FigureCanvasAgg(figure).print_png(target, metadata={"Software": None})
@@ -84,4 +85,11 @@ def _draw_losses(axes: Axes, findings: Sequence[Finding]) -> None:
     axes.axhline(0, color="#555555", linewidth=0.6)
     axes.set_xticks(list(places), names, rotation=90 if len(names) > 3 else 0)
     axes.set_ylabel("loss per token")
-    axes.legend(frameon=False)
+
+
+def _draw_blocks(axes: Axes, lines: Mapping[str, Sequence[float]], label: str) -> None:
+    for (name, values), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
+        places = range(1, len(values) + 1)
+        axes.plot(places, values, color=colour, label=name, linewidth=1.0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel=f"block, at stage {len(lines) + 1}", ylabel=label)
