@@ -63,7 +63,7 @@ class TestOutput:
 
     def test_a_dry_run_prints_the_plan_and_writes_nothing(self, place: Path) -> None:
         output = merge(place, "--dry-run", "--shard-size 60", "--dtype bf16")
-        assert "stage 3: 2/3 previous + 1/3 tuned" in output
+        assert "stage 3: θ = 2/3 · θ_previous + 1/3 · θ_tuned\n" in output
         assert "tensors   3, 3 to be merged; written as BF16" in output
         assert output.count("model-0000") == 2
         assert re.search(r"^free      [\d.]+ GB$", output, re.MULTILINE)
