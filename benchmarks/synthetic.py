@@ -187,19 +187,30 @@ def make_engine(config: RunConfig, model: MultimodalLM, phase: str, world: World
     return Engine(model, sets, settings, config.execution, config.backbone.dtype, world)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What some steps came to."""
+
+    seconds: float
+    """Of one step."""
+    applied: bool
+    """Whether the last one was applied, not skipped for fp16's loss scale."""
+
+
 def train(
     engine: Engine, rates: Mapping[str, float], batches: Sequence[Batch], steps: int, device: str
-) -> float:
-    """Take some optimizer steps, each over all micro-batches; return the seconds of one."""
+) -> Trained:
+    """Take some optimizer steps, each over all micro-batches."""
     tokens = sum(batch.supervised_tokens for batch in batches)
+    applied = False
     synchronise(device)
     started = time.perf_counter()
     for _ in range(steps):
         for number, batch in enumerate(batches):
             engine.backward(batch, tokens, number == len(batches) - 1)
-        engine.step(rates)
+        applied = engine.step(rates)
     synchronise(device)
-    return (time.perf_counter() - started) / steps
+    return Trained((time.perf_counter() - started) / steps, applied)
 
 
 def synchronise(device: str) -> None:
