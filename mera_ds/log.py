@@ -48,13 +48,13 @@ class Metrics:
         self._enabled = enabled
         self._run = run
         self._folder = run / "tensorboard"
-        self._events: _EventFile | None = None
+        self._events: EventFile | None = None
         self._failed = False
 
     def __enter__(self) -> "Metrics":
         if self._enabled:
             with self._tolerant(self._folder):
-                self._events = _EventFile(self._folder)
+                self._events = EventFile(self._folder)
             ranks = int(os.environ.get("WORLD_SIZE", "1"))
             facts = {"commit": commit(), "hardware": hardware(), "ranks": ranks}
             self._append(self._run / PROCESSES, facts)
@@ -102,7 +102,7 @@ class Metrics:
             self._failed = True
 
 
-class _EventFile:
+class EventFile:
     """A TensorBoard event file, written at once.
 
     TensorBoard's own writer hands the work to a thread, which prints a traceback when the disk is

@@ -228,9 +228,8 @@ class TestStepByStep:
         for stage in ("1 image", "2 video", "3 audio", "4 pointcloud"):
             assert stage in text
         assert {path.name for path in (folder / "runs/default/report").iterdir()} == {
-            "report.md",
-            "tables.csv",
-            "scores.png",
+            *("report.md", "report.html", "tables.csv", "tables.tex", "provenance.csv"),
+            *("scores.png", "scores.svg"),
         }
 
 
