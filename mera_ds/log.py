@@ -50,14 +50,12 @@ class Metrics:
         self._folder = run / "tensorboard"
         self._events: EventFile | None = None
         self._failed = False
+        self._introduced = False
 
     def __enter__(self) -> "Metrics":
         if self._enabled:
             with self._tolerant(self._folder):
                 self._events = EventFile(self._folder)
-            ranks = int(os.environ.get("WORLD_SIZE", "1"))
-            facts = {"commit": commit(), "hardware": hardware(), "ranks": ranks}
-            self._append(self._run / PROCESSES, facts)
         return self
 
     def __exit__(
@@ -74,6 +72,11 @@ class Metrics:
         """Append the figures of one step of the phase `name`."""
         if not self._enabled:
             return
+        if not self._introduced:
+            ranks = int(os.environ.get("WORLD_SIZE", "1"))
+            facts = {"commit": commit(), "hardware": hardware(), "ranks": ranks}
+            self._append(self._run / PROCESSES, facts)
+            self._introduced = True
         self._append(self._run / "metrics.jsonl", {"name": name, "step": step, **values})
         if self._events is not None:
             with self._tolerant(self._folder):

@@ -247,6 +247,14 @@ class TestReport:
         succeed(command, place)
 
 
+class TestJudges:
+    def test_as_printed(self, place: Path, runs: Mapping[str, Path]) -> None:
+        (command,) = readme_block("mera-ds judge-agreement")
+        said = succeed(command, place).output
+        assert "kappa" in said
+        assert "accuracy by offline-containment" in said
+
+
 class TestRunningAgain:
     def test_finished_runs_are_left_alone(self, place: Path, runs: Mapping[str, Path]) -> None:
         *_, command, _ = readme_block("mera-ds init runs/tiny/expert")
