@@ -48,16 +48,14 @@ class Metrics:
         self._enabled = enabled
         self._run = run
         self._folder = run / "tensorboard"
-        self._events: _EventFile | None = None
+        self._events: EventFile | None = None
         self._failed = False
+        self._introduced = False
 
     def __enter__(self) -> "Metrics":
         if self._enabled:
             with self._tolerant(self._folder):
-                self._events = _EventFile(self._folder)
-            ranks = int(os.environ.get("WORLD_SIZE", "1"))
-            facts = {"commit": commit(), "hardware": hardware(), "ranks": ranks}
-            self._append(self._run / PROCESSES, facts)
+                self._events = EventFile(self._folder)
         return self
 
     def __exit__(
@@ -74,6 +72,11 @@ class Metrics:
         """Append the figures of one step of the phase `name`."""
         if not self._enabled:
             return
+        if not self._introduced:
+            ranks = int(os.environ.get("WORLD_SIZE", "1"))
+            facts = {"commit": commit(), "hardware": hardware(), "ranks": ranks}
+            self._append(self._run / PROCESSES, facts)
+            self._introduced = True
         self._append(self._run / "metrics.jsonl", {"name": name, "step": step, **values})
         if self._events is not None:
             with self._tolerant(self._folder):
@@ -102,7 +105,7 @@ class Metrics:
             self._failed = True
 
 
-class _EventFile:
+class EventFile:
     """A TensorBoard event file, written at once.
 
     TensorBoard's own writer hands the work to a thread, which prints a traceback when the disk is

@@ -228,14 +228,15 @@ class TestReport:
     def test_tables_and_figures(self, place: Path, runs: Mapping[str, Path]) -> None:
         *_, command = readme_block("mera-ds init runs/tiny/expert")
         text = succeed(f"{command} runs/tiny/finetune", place).output
-        assert "Scores after every stage, profile tiny" in text
+        assert "scores after every stage, profile tiny" in text
         assert "Backward" in text
         assert "Forward" in text
         for method in METHODS:
             assert str(Path("runs/tiny") / method) in text
         out = place / "runs/tiny/report"
-        names = {"report.md", "tables.csv", "scores.png", "gains.png"}
-        assert {path.name for path in out.iterdir()} == names
+        names = {"report.md", "report.html", "tables.csv", "tables.tex", "provenance.csv"}
+        names |= {f"{name}.{kind}" for name in ("scores", "gains") for kind in ("png", "svg")}
+        assert {path.name for path in out.iterdir() if path.is_file()} == names
         for figure in ("scores.png", "gains.png"):
             assert (out / figure).read_bytes().startswith(PNG)
         for name in names:
@@ -244,6 +245,14 @@ class TestReport:
     def test_as_printed(self, place: Path, runs: Mapping[str, Path]) -> None:
         *_, command = readme_block("mera-ds init runs/tiny/expert")
         succeed(command, place)
+
+
+class TestJudges:
+    def test_as_printed(self, place: Path, runs: Mapping[str, Path]) -> None:
+        (command,) = readme_block("mera-ds judge-agreement")
+        said = succeed(command, place).output
+        assert "kappa" in said
+        assert "accuracy by offline-containment" in said
 
 
 class TestRunningAgain:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mera_ds.log import Metrics, format_duration
+from mera_ds.log import PROCESSES, Metrics, format_duration
+from mera_ds.machine import commit, hardware
 
 
 def rows(run: Path) -> list[dict[str, float]]:
@@ -28,6 +29,20 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     losses = [(event.step, event.value) for event in board.Scalars("01-image/align/loss")]
     assert losses == [(step, pytest.approx(1 / step)) for step in (1, 2, 3, 4)]
     assert rows(tmp_path)[2] == {"name": "01-image/align", "step": 3, "loss": 1 / 3, "lr": 0.5}
+
+
+def test_a_process_that_writes_figures_says_where_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with Metrics(tmp_path, enabled=True) as metrics:
+        assert not (tmp_path / PROCESSES).exists()
+        metrics.write("a", 1, {"loss": 1.0})
+        metrics.write("a", 2, {"loss": 1.0})
+    (line,) = (tmp_path / PROCESSES).read_text(encoding="utf-8").splitlines()
+    found = json.loads(line)
+    assert (found["commit"], found["hardware"], found["ranks"]) == (commit(), hardware(), 4)
+    assert "cores" in found["hardware"]
 
 
 def test_only_rank_0_writes(tmp_path: Path) -> None:

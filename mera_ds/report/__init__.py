@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mera_ds.files import write_bytes
+from mera_ds.report.board import write_board
 from mera_ds.report.figures import Picture, gains_figure, scores_figure
 from mera_ds.report.intervals import Intervals
 from mera_ds.report.page import page_html
@@ -55,8 +56,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Report:
     """Write the report of some runs to the folder `out`.
 
     It holds `report.md`, `report.html` (one page that needs no other file), `tables.tex`,
-    `tables.csv`, `provenance.csv`, and the figures `scores` and `gains` as PNG and SVG; `gains`
-    only with an expert, there is nothing to divide by otherwise.
+    `tables.csv`, `provenance.csv`, the figures `scores` and `gains` as PNG and SVG, and the gains
+    for TensorBoard; gains only with an expert, there is nothing to divide by otherwise.
 
     Runs that differ only in their seed are averaged, then orders; runs of different profiles are
     never compared. An unfinished run is shown as far as it has got.
@@ -86,6 +87,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Report:
         (out / name).unlink(missing_ok=True)
     for name, content in files.items():
         write_bytes(out / name, content)
+    write_board(out / "tensorboard", sections)
     return Report(out, tuple(files), "\n".join(map(_text, parts)))
 
 

@@ -1,8 +1,8 @@
 """Every command that the README prints, as printed, with real processes and the profile `tiny`.
 
-The block that compares two runs is executed in `tests/test_end_to_end.py`, that on a modality of
-one's own in `tests/test_fifth_modality.py`, that on many nodes (but for ssh) in `test_nodes.py` and
-`test_slurm.py`.
+The blocks that compare two runs and two judges are executed in `tests/test_end_to_end.py`, that on
+a modality of one's own in `tests/test_fifth_modality.py`, that on many nodes (but for ssh) in
+`test_nodes.py` and `test_slurm.py`.
 """
 
 import shlex
@@ -40,6 +40,7 @@ PUBLISHED = "mera-ds shards build okvqa"
 MERGE = "python launch/merge.py --previous"
 LINEAGE = "mera-ds lineage show"
 OWN_MODALITY = "cp -r examples/imu"
+JUDGES = "mera-ds judge-agreement"
 PAPER = "mera-ds doctor --profile a6000-fp16"
 ANOTHER_BACKBONE = "mera-ds init runs/qwen"
 ANOTHER_ORDER = "mera-ds init runs/r1"
@@ -65,7 +66,7 @@ def inline(first: str) -> str:
 def test_no_block_is_untested() -> None:
     first = (
         *(FIRST_SCREEN, LAUNCHERS, INSTALL, STEPS, TWO_RUNS, SHARDS, PUBLISHED),
-        *(OWN_MODALITY, MERGE, PAPER, LINEAGE, NODES),
+        *(OWN_MODALITY, MERGE, PAPER, LINEAGE, NODES, JUDGES),
     )
     assert [block[0] for block in readme_blocks() if not block[0].startswith(first)] == []
 
@@ -78,6 +79,7 @@ def test_no_command_in_the_text_is_untested() -> None:
         "mera-ds plan",
         "mera-ds doctor",
         "mera-ds run RUN…",
+        "mera-ds report RUN…",
         "mera-ds add",
         "mera-ds lineage reweight RUN --method NAME",
     )
@@ -232,9 +234,8 @@ class TestStepByStep:
         for stage in ("1 image", "2 video", "3 audio", "4 pointcloud"):
             assert stage in text
         assert {path.name for path in (folder / "runs/default/report").iterdir()} == {
-            "report.md",
-            "tables.csv",
-            "scores.png",
+            *("report.md", "report.html", "tables.csv", "tables.tex", "provenance.csv"),
+            *("scores.png", "scores.svg"),
         }
 
 

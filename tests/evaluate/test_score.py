@@ -1,13 +1,17 @@
 """From predictions to results: the figures, and the rows that the report reads."""
 
 import dataclasses
+import html
 import json
 import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mera_ds.config import EvaluateConfig, load_config
 from mera_ds.distributed import World
@@ -16,6 +20,7 @@ from mera_ds.evaluate.judge import OfflineJudge
 from mera_ds.evaluate.predictions import Prediction, load_predictions, save_predictions
 from mera_ds.evaluate.run import evaluation_is_finished, run_evaluate_step
 from mera_ds.evaluate.score import make_judge, score_captions, score_questions
+from mera_ds.report import write_report
 from mera_ds.report.results import Score, read_runs
 
 from .models import make_model, steps
@@ -159,6 +164,35 @@ class TestRun:
             for name, items in stored["items"].items():
                 score = run.scores[step.stage, *name.split("/")]
                 assert sum(items.values()) / len(items) == pytest.approx(score.score)
+
+    def test_the_page_shows_samples_with_their_media(self, evaluated: Path, tmp_path: Path) -> None:
+        write_report([evaluated], tmp_path)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert page.count("<article>") == 4 * 3
+        assert 'src="data:image/png' in page
+        assert "<audio controls" in page
+        outside = re.findall(r'(?:src|href)="(?!data:)[^"]*|url\(|@import', page)
+        assert outside == []
+        (said,) = evaluated.glob("stages/02-audio/evaluation/predictions/*/audio-qa.jsonl")
+        first = load_predictions(said)[0]
+        assert html.escape(first.question) in page
+        assert html.escape(first.id) in page
+
+    def test_the_page_names_media_that_are_gone(self, evaluated: Path, tmp_path: Path) -> None:
+        shutil.copytree(evaluated, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "data" / "image")
+        write_report([tmp_path / "run"], tmp_path / "out")
+        page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+        assert "run/data/image/test" in page
+        assert "<audio controls" in page
+
+    def test_tensorboard_shows_scores_and_what_was_said(self, evaluated: Path) -> None:
+        board = EventAccumulator(str(evaluated / "tensorboard"))
+        board.Reload()
+        assert "evaluate/audio-qa/accuracy" in board.Tags()["scalars"]
+        assert "generate/audio-qa/seconds" in board.Tags()["scalars"]
+        (text,) = board.Tensors("evaluate/audio-qa")[-1].tensor_proto.string_val
+        assert text.decode().startswith("| item | question | prediction | references |")
 
     def test_every_row_has_every_field_and_no_other(self, evaluated: Path) -> None:
         fields = {entry.name for entry in dataclasses.fields(Score)}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mera_ds.report import write_report
 from mera_ds.report.render import WIDTH, Table, to_text
@@ -71,7 +72,7 @@ def test_every_table_says_how_it_was_measured(make_run: MakeRun, tmp_path: Path)
 def test_files_are_complete_and_the_same_every_time(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run("experts", "expert"), make_run("mera", "mera")]
     first, second = (write_report(runs, tmp_path / name) for name in ("one", "two"))
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    names = sorted(path.name for path in (tmp_path / "one").iterdir() if path.is_file())
     assert names == sorted(first.files)
     assert {"gains.svg", "report.html", "report.md", "scores.png", "tables.tex"} <= set(names)
     for name in names:
@@ -83,6 +84,20 @@ def test_files_are_complete_and_the_same_every_time(make_run: MakeRun, tmp_path:
     markdown = (first.folder / "report.md").read_text(encoding="utf-8")
     assert "Relative Gain by stage, in % of the expert](gains.png)" in markdown
     assert "| MERA(10%) | 4 pointcloud | 1 | 98.05+ | 0.338 |" in markdown
+
+
+def test_tensorboard_shows_the_gains(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("experts", "expert"), make_run("mera", "mera")]
+    for _ in range(2):  # the second replaces the first
+        write_report(runs, tmp_path / "o")
+    (folder,) = (tmp_path / "o" / "tensorboard").iterdir()
+    assert folder.name == "pocket, MERA(10%), order 1"
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    events = board.Scalars("backward_relative_gain/percent")
+    assert [(event.step, round(event.value, 2)) for event in events] == [
+        *((1, 100.0), (2, 96.27), (3, 105.57), (4, 102.17)),
+    ]
 
 
 def test_csv_holds_unrounded_values(make_run: MakeRun, tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""What runs took, from logs written by hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mera_ds.files import write_json
+from mera_ds.manifest import SCHEMA
+from mera_ds.methods.steps import learn
+from mera_ds.plan import Plan, save_plan
+from mera_ds.report.costs import Cost, run_costs
+from mera_ds.report.results import read_runs
+
+MakeRun = Callable[..., Path]
+
+
+def log(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def steps(name: str, times: list[float], memory: float = 1.0) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "step": step, "time": time, "memory_gb": memory + step / 100}
+        for step, time in enumerate(times, start=1)
+    ]
+
+
+@pytest.fixture
+def runs(make_run: MakeRun) -> list[Path]:
+    """Return a run that trained on two ranks, and one that took over its products."""
+    folders = [make_run("one", "finetune", "finetune"), make_run("two", "ewc", "ewc")]
+    for folder in folders:
+        plan = Plan(method="finetune", steps=learn(1, "image", None, "stages/01-image/model"))
+        save_plan(plan, folder / "plan.json")
+        for step in plan.steps:
+            facts = {"schema": SCHEMA, "key": f"key of {step.name}", "step": step.name}
+            facts |= {"base_sha256": "b", "lineage": [], "connectors": {}, "provenance": {}}
+            write_json(folder / step.output / "manifest.json", facts)
+    process = {"commit": "c", "hardware": "a GPU", "ranks": 2}
+    log(folders[0], "processes.jsonl", [{"time": 99.0, **process}])
+    log(folders[0], "metrics.jsonl", steps("01-image/align", [100, 110, 120]))
+    log(folders[0], "metrics.jsonl", steps("01-image/tune", [200, 210, 220, 230], 3.0))
+    said = {"name": "generate/image-qa", "step": 1, "time": 300.0}
+    log(folders[0], "metrics.jsonl", [{**said, "items": 50, "seconds": 5.0, "memory_gb": 2.0}])
+    return folders
+
+
+def costs(folders: list[Path]) -> list[Cost]:
+    found = run_costs(read_runs(folders))
+    return [found[folder] for folder in folders]
+
+
+def test_time_counts_every_rank_and_the_first_step(runs: list[Path]) -> None:
+    one, _ = costs(runs)
+    assert one.train_hours == pytest.approx(2 * (30 + 40) / 3600)
+    assert one.train_memory_gb == pytest.approx(3.04)
+    assert one.generate_seconds == pytest.approx(2 * 5 / 50)
+    assert (one.generate_memory_gb, one.hardware) == (2.0, ("a GPU",))
+
+
+def test_a_product_taken_over_took_what_it_took_there(runs: list[Path]) -> None:
+    one, two = costs(runs)
+    assert (two.train_hours, two.train_memory_gb) == (one.train_hours, one.train_memory_gb)
+    assert (two.generate_seconds, two.hardware) == (None, ("a GPU",))
+
+
+def test_a_step_done_again_after_a_kill_counts_once(runs: list[Path]) -> None:
+    log(runs[0], "metrics.jsonl", steps("01-image/tune", [0, 0, 900, 910], 3.0)[2:])
+    assert costs(runs)[0].train_hours == pytest.approx(2 * (30 + 40) / 3600)
+
+
+def test_what_is_not_recorded_is_not_guessed(runs: list[Path]) -> None:
+    (runs[0] / "metrics.jsonl").unlink()
+    assert costs(runs)[0] == Cost(None, None, None, None, ())
