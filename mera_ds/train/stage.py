@@ -57,14 +57,12 @@ def run_train_step(run: Path, config: RunConfig, plan: Plan, step: TrainStep, wo
                 remove_checkpoints(_checkpoint_folder(run, step))  # if a kill came in between
                 logger.info("%s is finished", step.name)
             return
-        with main_rank_first(world) as mine:
-            if mine:
-                folder = _checkpoint_folder(run, step)
-                keep_inputs(folder, product_inputs(config, run, plan, step))
-        _train(run, config, step, key, world)
+        _train(run, config, plan, step, key, world)
 
 
-def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World) -> None:
+def _train(
+    run: Path, config: RunConfig, plan: Plan, step: TrainStep, key: str, world: World
+) -> None:
     start = run / step.start if step.start is not None else None
     modalities = [part.modality for part in step.data]
     settings = config.phase(step.phase)
@@ -88,6 +86,9 @@ def _train(run: Path, config: RunConfig, step: TrainStep, key: str, world: World
     model.train()
     sets = set_trainable(model, step.trainable)
     folder = _checkpoint_folder(run, step)
+    with main_rank_first(world) as mine:
+        if mine:
+            keep_inputs(folder, product_inputs(config, run, plan, step))
     engine = Engine(model, sets, settings, config.execution, config.backbone.dtype, world)
     rates = peak_rates(settings, step.trainable, _rate_scales(config))
     phase = Phase(step.name, settings, rates, folder, key, config.seed)
