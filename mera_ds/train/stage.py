@@ -78,16 +78,18 @@ def run_train_step(run: Path, config: RunConfig, plan: Plan, step: TrainStep, wo
                 _clear(_checkpoint_folder(run, step))  # if a kill came in between
                 logger.info("%s is finished", step.name)
             return
-        folder = _checkpoint_folder(run, step)
-        with main_rank_first(world) as mine:
-            if mine:
-                keep_inputs(folder, product_inputs(config, run, plan, step))
-        with Watch(folder, world, config.execution.timeout_seconds) as watch:
-            _train(run, config, step, key, world, watch)
+        with Watch(_checkpoint_folder(run, step), world, config.execution.timeout_seconds) as watch:
+            _train(run, config, plan, step, key, world, watch)
 
 
 def _train(
-    run: Path, config: RunConfig, step: TrainStep, key: str, world: World, watch: Watch
+    run: Path,
+    config: RunConfig,
+    plan: Plan,
+    step: TrainStep,
+    key: str,
+    world: World,
+    watch: Watch,
 ) -> None:
     start = run / step.start if step.start is not None else None
     modalities = [part.modality for part in step.data]
@@ -106,6 +108,9 @@ def _train(
         compile_layers(model.llm)
     sets = set_trainable(model, step.trainable)
     folder = _checkpoint_folder(run, step)
+    with main_rank_first(world) as mine:
+        if mine:
+            keep_inputs(folder, product_inputs(config, run, plan, step))
     held = _held_factors(run, step)
     engine = Engine(model, sets, settings, config.execution, config.backbone.dtype, world, held)
     rates = peak_rates(settings, step.trainable, _rate_scales(config))
