@@ -91,13 +91,9 @@ def learn(
         penalty: what holds it.
 
     Raises:
-        InputError: if the method needs LoRA and the configuration has none.
+        InputError: if the configuration tunes all weights and this can't be done here.
     """
-    if config.tuning == "full" and adapter != "new":
-        raise InputError(
-            f"method={config.method} is defined on LoRA's factors, and tuning=full has none; use "
-            "tuning=lora"
-        )
+    _require_trainable(config, adapter)
     folder = stage_folder(stage, modality)
     data = (DataPart(modality=modality),)
     connector = connector_set(modality)
@@ -125,6 +121,22 @@ def learn(
         penalty=penalty,
     )
     return align, tune
+
+
+def _require_trainable(config: RunConfig, adapter: Adapter) -> None:
+    """Refuse full fine-tuning of what can't be tuned in full."""
+    if config.tuning == "lora":
+        return
+    if adapter != "new":
+        raise InputError(
+            f"method={config.method} is defined on LoRA's factors, and tuning=full has none; use "
+            "tuning=lora"
+        )
+    if config.backbone.embedding_device != "same":
+        raise InputError(
+            f"backbone.embedding_device={config.backbone.embedding_device} keeps the input "
+            "embedding out of training, and tuning=full trains it; use embedding_device=same"
+        )
 
 
 def realign(config: RunConfig, stage: int, start: str, output: str) -> TrainStep:
