@@ -61,25 +61,29 @@ class WovenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out)."""
-        inputs = x.to(self.lora_A.dtype)
-        gates = self._gates(inputs)
+        inputs = x.flatten(0, -2).to(self.lora_A.dtype)
         olds, rank, _ = self.inner.shape
-        known = functional.linear(x, self.down).to(inputs.dtype).unflatten(-1, (olds, rank))
-        inner = torch.einsum("...jr,jsr->...js", known, self.inner) + self.inner_bias
-        shared = (gates[..., :-1, None] * inner).flatten(-2)
-        new = functional.linear(inputs, self.lora_A) * (gates[..., -1:] * self.scale)
-        added = functional.linear(new, self.lora_B)
-        result: Tensor = self.base(x) + functional.linear(shared.to(self.up.dtype), self.up)
-        return result + added.to(result.dtype)
+        # One product for all that trains of the way down, another for what is frozen.
+        trained = functional.linear(inputs, torch.cat([self.lora_A, self.gate.flatten(0, 1)]))
+        newest, scores = trained.split((rank, len(trained[0]) - rank), dim=-1)
+        gates = self._gates(scores)
+        known = functional.linear(inputs, self.down.to(inputs.dtype)).unflatten(-1, (olds, rank))
+        inner = torch.einsum("tjr,jsr->tjs", known, self.inner) + self.inner_bias
+        shared = (gates[:, :-1, None] * inner).flatten(1)
+        own = newest * (gates[:, -1:] * self.scale)
+        result: Tensor = self.base(x)
+        rows = result.flatten(0, -2)
+        rows = torch.addmm(rows, shared.to(rows.dtype), self.up.t().to(rows.dtype))
+        rows = torch.addmm(rows, own.to(rows.dtype), self.lora_B.t().to(rows.dtype))
+        return rows.view_as(result)
 
-    def _gates(self, inputs: Tensor) -> Tensor:
-        """Return g (…, m)."""
-        scores = functional.linear(inputs, self.gate.flatten(0, 1)).float()
-        logits, noise = scores.unflatten(-1, self.gate.shape[:2]).unbind(-2)
+    def _gates(self, scores: Tensor) -> Tensor:
+        """Return g (T, m) for the products of x with G and N (T, 2 m)."""
+        logits, noise = scores.float().unflatten(-1, self.gate.shape[:2]).unbind(-2)
         if self.training and self.gate.requires_grad:
             deviation = functional.softplus(noise) + SMALLEST_NOISE
             logits = logits + torch.randn_like(logits) * deviation
-        return logits.softmax(dim=-1).to(inputs.dtype)
+        return logits.softmax(dim=-1).to(scores.dtype)
 
 
 class StackedLinear(nn.Module):
