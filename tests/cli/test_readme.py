@@ -94,7 +94,7 @@ def test_no_command_in_the_text_is_untested() -> None:
         "mera-ds shards lint --run RUN",
         "mera-ds shards lint DIR --quarantine",
     )
-    measured = ("python benchmarks/merge.py",)
+    measured = ("python benchmarks/merge.py", "python benchmarks/gpu.py")
     known = executed + named + fetching + elsewhere + measured
     assert [command for command in readme_inline() if not command.startswith(known)] == []
 
@@ -181,7 +181,8 @@ def test_the_papers_model_without_its_files(tmp_path: Path) -> None:
     assert f"--source {tmp_path}/datasets/coco is not a folder" in built.message
     succeed(init, tmp_path, **variables)
     lines = succeed(plan, tmp_path, **variables).output.splitlines()
-    assert len(lines) == 1 + 3 + 3 * 5 + 1
+    assert len(lines) == 1 + 2 * (3 + 3 * 5) + 3
+    assert "82000 samples, 641 steps" in lines[2]
     assert "files are missing: run 'mera-ds doctor runs/paper'" in lines[-1]
     refused = run(execute, tmp_path, **variables)
     assert refused.status == 2
@@ -205,8 +206,8 @@ class TestStepByStep:
 
     def test_the_plan_is_printed_before_anything_runs(self, ended: Mapping[str, Ended]) -> None:
         lines = ended["mera-ds plan"].output.splitlines()
-        assert len(lines) == 1 + 3 + 3 * 5
-        assert "04-pointcloud/realign" in lines[-2]
+        assert len(lines) == 1 + 2 * (3 + 3 * 5) + 2
+        assert "04-pointcloud/realign" in lines[-6]
 
     def test_stages_by_hand_are_finished_for_run(self, ended: Mapping[str, Ended]) -> None:
         lines = ended["mera-ds run"].errors.splitlines()
