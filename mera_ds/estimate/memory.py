@@ -15,7 +15,7 @@ from mera_ds.estimate.shape import Shape
 SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 Device = Literal["cpu", "cuda"]
 
-PROCESS = 0.49e9
+PROCESS = 0.51e9
 """Resident memory of Python, torch, transformers and DeepSpeed on a CPU."""
 OPTIMIZER_CPU = {0: 8.0, 1: 20.4, 2: 20.4, 3: 31.0}
 """ZeRO stage -> bytes per trainable parameter beside it, as DeepSpeed 0.19 has them on a CPU."""
