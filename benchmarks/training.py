@@ -43,7 +43,7 @@ from benchmarks.training_problem import (  # noqa: E402
 )
 from mera_ds.config import ExecutionConfig  # noqa: E402
 from mera_ds.model.mllm import Layout  # noqa: E402
-from mera_ds.train.engine import prepare_environment  # noqa: E402
+from mera_ds.train.setup import prepare_environment  # noqa: E402
 
 LAYOUTS = {
     "padded": Layout(),
