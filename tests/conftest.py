@@ -35,6 +35,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def not_launched() -> Iterator[None]:
+    """Take away what a command that a test called in this process has set as its own launcher.
+
+    Processes that later tests start would take this one's port for theirs.
+    """
+    yield
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def tiny_template(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a fresh run of the profile `tiny`; don't change it, take a copy."""

@@ -37,16 +37,11 @@ class Ended:
         return f"{self.command} ended with {self.status}\n{self.output}\n{self.errors}"
 
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a command that a test calls in this process leaves in its variables."""
-
-
 def environment(**changes: str) -> dict[str, str]:
     """Return this process' variables with the tested commands on the path, and no accelerator."""
     # torchrun reads its port here; two test sessions on one machine must not take the same one.
-    own = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     return {
-        **own,
+        **os.environ,
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "PET_MASTER_PORT": str(20000 + os.getpid() % 9000),
         "CUDA_VISIBLE_DEVICES": "",
