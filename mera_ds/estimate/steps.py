@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mera_ds.config import RunConfig, resolve_path
+from mera_ds.config import ExecutionConfig, RunConfig, resolve_path
 from mera_ds.errors import MeraError
 from mera_ds.estimate.device import UTILISATION, Speed
 from mera_ds.estimate.memory import SIZE, Training, inference_memory, total, training_memory
@@ -185,18 +185,22 @@ class Estimator:
         added = sum(self._connector(part.modality)[0] for part in step.data)
         added += self._shape.lora(rank)
         state = STATE_BYTES * float(added + (self._shape.parameters if full else 0))
+        saves = max(0, steps - 1) // execution.save_every
         per_step = seconds_per_step(self._run, step.name)
+        seconds = flops / self._rate() if per_step is None else steps * per_step
+        if full:  # the others are saved while the training goes on
+            seconds += (saves * state + self._backbone_bytes()) / DISK_SPEED
         cached = execution.features == "cached" and step.phase == "align"
         return Estimate(
             samples=passes.samples,
             steps=steps,
             memory=self._training_memory(step, rank, passes.longest),
-            seconds=flops / self._rate() if per_step is None else steps * per_step,
+            seconds=seconds,
             measured=per_step is not None,
             disk=4 * added
             + (self._backbone_bytes() if full else 0)
             + (passes.features if cached else 0),
-            disk_meanwhile=state * execution.keep_checkpoints,
+            disk_meanwhile=state * _checkpoints(execution, steps, saves),
             from_paper=passes.from_paper,
         )
 
@@ -277,6 +281,12 @@ class Estimator:
             dollars=dollars if calls else None,
             from_paper=from_paper,
         )
+
+
+def _checkpoints(execution: ExecutionConfig, steps: int, saves: int) -> int:
+    """Return how many are there at once: a new one is written, or saved at a stop, beside those."""
+    kept = min(execution.keep_checkpoints, saves)
+    return kept + 1 + (max(0, steps - 1) // execution.keep_every if execution.keep_every else 0)
 
 
 def seconds_per_step(run: Path, name: str) -> float | None:

@@ -200,7 +200,7 @@ def test_full_fine_tuning_keeps_and_merges_whole_backbones(tmp_path: Path) -> No
     weights = 2 * 8_030_261_248
     tune = found["02-video/tune"]
     assert tune.disk == pytest.approx(weights, rel=0.01)
-    assert tune.disk_meanwhile == pytest.approx(2 * 12 * weights / 2, rel=0.01)
+    assert tune.disk_meanwhile == pytest.approx(3 * 12 * weights / 2, rel=0.01)  # one is written
     assert 20 * GB < tune.memory < 40 * GB
     assert found["02-video/merge"].disk == weights
     assert found["02-video/merge"].seconds > 60
