@@ -4,7 +4,6 @@ A run's settings are read from `<run>/config.yaml` alone. `ExecutionConfig` hold
 between two executions of a run (processes, ZeRO stage, …); all else is fixed when it is made.
 """
 
-import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,11 @@ import yaml
 from mera_ds.errors import InputError
 from mera_ds.files import write_bytes
 from mera_ds.mergeconfig import CMA, MergeConfig
+from mera_ds.places import REPOSITORY as REPOSITORY
+from mera_ds.places import cache_folder as cache_folder
+from mera_ds.places import resolve_path as resolve_path
+from mera_ds.places import shards_folder as shards_folder
+from mera_ds.places import weights_folder as weights_folder
 from mera_ds.settings import (
     apply_overrides,
     dump,
@@ -31,7 +35,6 @@ Decode = Literal["eager", "static", "compiled"]
 Options = Mapping[str, Any]
 
 PROFILES = Path(__file__).parent / "profiles"
-REPOSITORY = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +144,19 @@ class ReplayConfig:
     """The replay set R_i: r % of D_1 … D_i, or of D_1 … D_{i−1} for Replay (paper, section 4)."""
 
     percent: float = 10.0
+    realign_percent: float | None = None
+    """r of realigning, where it differs: in Table 5, Replay (1%) is realigned with 10 %."""
+
+    @property
+    def realigning(self) -> float:
+        """r of realigning."""
+        return self.percent if self.realign_percent is None else self.realign_percent
 
     def __post_init__(self) -> None:
-        """Check the range."""
-        if not 0 < self.percent <= 100:
-            raise InputError(f"replay.percent is {self.percent}; it must be in (0, 100]")
+        """Check the ranges."""
+        for name, value in (("percent", self.percent), ("realign_percent", self.realigning)):
+            if not 0 < value <= 100:
+                raise InputError(f"replay.{name} is {value}; it must be in (0, 100]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,39 +373,3 @@ def load_config(run: Path, execution: typing.Sequence[str] = ()) -> RunConfig:
                 "make a new run with 'mera-ds init'"
             )
     return parse(RunConfig, apply_overrides(read_yaml(path), execution), str(path))
-
-
-def cache_folder() -> Path:
-    """Return where converted weights and features are kept: $MERA_CACHE or ~/.cache/mera-ds."""
-    return Path(os.environ.get("MERA_CACHE") or Path.home() / ".cache" / "mera-ds")
-
-
-def weights_folder() -> Path:
-    """Return where official weights are looked for: $MERA_WEIGHTS or ~/mera/weights."""
-    return Path(os.environ.get("MERA_WEIGHTS") or Path.home() / "mera" / "weights")
-
-
-def shards_folder() -> Path:
-    """Return where the datasets' shard sets are looked for: $MERA_SHARDS or ~/mera/shards."""
-    return Path(os.environ.get("MERA_SHARDS") or Path.home() / "mera" / "shards")
-
-
-def resolve_path(text: str, run: Path) -> Path:
-    """Return a configured path with its places filled in.
-
-    They are `{run}`, `{cache}`, `{repository}`, `{weights}` and `{shards}`.
-    """
-    places = {
-        "run": run,
-        "cache": cache_folder(),
-        "repository": REPOSITORY,
-        "weights": weights_folder(),
-        "shards": shards_folder(),
-    }
-    try:
-        return Path(text.format(**places)).expanduser()
-    except (KeyError, IndexError, ValueError, AttributeError):
-        raise InputError(
-            f"path '{text}' holds an unknown place; valid: "
-            f"{', '.join(f'{{{name}}}' for name in places)}"
-        ) from None

@@ -274,8 +274,11 @@ def _launch(run: Run, step: Step) -> None:
     The step's first rank takes the run's lock, so that ranks keep it which outlive this process
     and their launcher (torchrun's do when both are killed).
     """
-    phase = step.phase if isinstance(step, TrainStep) else "evaluate"
-    script = {"realign": "realign.py", "evaluate": "score.py"}.get(phase, "stage.py")
+    if isinstance(step, EvaluateStep):
+        script = "score.py"
+    else:
+        realigns = isinstance(step, TrainStep) and step.phase == "realign"
+        script = "realign.py" if realigns else "stage.py"
     execution = run.config.execution
     command = [
         *_launcher_command(execution.launcher, execution.processes),

@@ -41,6 +41,10 @@ class TestOverrides:
             ("evaluate.batch_size=0", r"evaluate\.batch_size is 0; it must be at least 1"),
             ("lora.rank=0", r"lora\.rank is 0; it must be at least 1"),
             ("replay.percent=0", r"replay\.percent is 0\.0; it must be in \(0, 100\]"),
+            (
+                "replay.realign_percent=0",
+                r"replay\.realign_percent is 0\.0; it must be in \(0, 100\]",
+            ),
             ("replay.percent=101", r"replay\.percent is 101\.0; it must be in \(0, 100\]"),
             ("tune.lr_backbone=null", r"tune\.lr_backbone is missing"),
             ("order=[image, image]", r"order names a modality twice: image, image"),

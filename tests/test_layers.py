@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mera_ds"
 LAYERS = (
     {
-        *("errors", "files", "settings", "mergeconfig", "config", "plan"),
+        *("errors", "files", "places", "settings", "mergeconfig", "config", "plan"),
         *("batch", "distributed", "log", "machine"),
     },
     {"media", "shards", "manifest", "checkpoint", "deltas", "identity", "registry", "doctor"},
@@ -28,7 +28,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 PEERS_MAY_IMPORT = (0, 1, 7)
 """Layers whose units build on each other (never in a circle); in the others they may not."""
 WITHOUT_TORCH = (
-    *("errors", "files", "settings", "mergeconfig", "config", "plan", "methods"),
+    *("errors", "files", "places", "settings", "mergeconfig", "config", "plan", "methods"),
     *("machine", "manifest", "media", "doctor", "estimate", "report", "cli"),
 )
 READ_TORCH_FILES = (

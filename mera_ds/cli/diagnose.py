@@ -99,7 +99,7 @@ def _realigned(run: "Run", stage: int, world: "World") -> Path:
         phase="realign",
         start=run.plan.final_model(modality),
         trainable=tuple(connector_set(name) for name in seen),
-        data=tuple(DataPart(modality=n, percent=run.config.replay.percent) for n in seen),
+        data=tuple(DataPart(modality=n, percent=run.config.replay.realigning) for n in seen),
         output=f"{stage_folder(stage, modality)}/diagnosed",
     )
     with folder_lock(run.folder):

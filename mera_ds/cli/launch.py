@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mera_ds.cli.merging import add_merge_arguments, merge_folders
 from mera_ds.errors import InputError, Interrupted, MeraError
 from mera_ds.files import require_unlocked
+from mera_ds.mergeconfig import CMA
 
 if TYPE_CHECKING:  # `mera-ds --help` needs no torch, and a merge of two folders not even a plan
     from mera_ds.plan import EvaluateStep, Step
@@ -186,6 +187,11 @@ def merge() -> int:
         free = [arguments.previous, arguments.tuned, arguments.stage, arguments.out]
         if any(entry is not None for entry in free):
             merge_folders(arguments)
+        elif arguments.method != CMA or arguments.base is not None:
+            raise InputError(
+                "--method and --base are for two folders, --previous and --tuned; in a run "
+                "merge.method says how, or 'mera-ds lineage reweight RUN --method …' afterwards"
+            )
         else:
             _merge_in_run(arguments)
 
@@ -229,6 +235,8 @@ def score() -> int:
             modality = _stage_of(run, arguments.modality)
             steps = [step for step in steps if step.modality == modality]
             steps = [step for step in steps if arguments.step in (None, step.name)]
+            if not steps:
+                raise InputError(f"the stage of {modality} has no evaluation {arguments.step}")
         else:
             done = [s for s in steps if (run.folder / s.start / "manifest.json").exists()]
             if not done:

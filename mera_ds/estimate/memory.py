@@ -2,7 +2,7 @@
 
 What autograd keeps of a block is counted tensor by tensor (letters: D width, Q and K widths of all
 query and key heads, I width of the MLP, r rank); transients and the process itself are measured
-constants. Sizes are in bytes.
+constants. Sizes are in bytes. Of full fine-tuning on several ranks nothing was measured yet.
 """
 
 from collections.abc import Mapping
@@ -23,6 +23,9 @@ STEP_COPY = 4
 """Bytes per trainable parameter of the fp32 gradients that a step makes of fp16 ones."""
 WORKSPACE_CUDA = 0.3e9
 """Workspaces of cuBLAS, buckets of DeepSpeed."""
+ZERO_3_BUFFERS = 1.5e9
+"""Numbers that each of several ranks has at once under ZeRO 3: parameters that are whole
+(`ds_configs/zero3.json`) and the bucket of gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,9 @@ class Training:
     shape: Shape
     dtype: str
     lora_rank: int
-    """0: the backbone has no LoRA (align, realign)."""
+    """0: the backbone has no LoRA (align, realign, full fine-tuning)."""
+    full: bool = False
+    """Whether all weights of the backbone train."""
     dropout: float
     recompute: Recomputation
     """`backbone.gradient_checkpointing`."""
@@ -50,12 +55,19 @@ class Training:
     ranks: int = 1
     moment_bytes: float = 8.0
     """Adam's state per parameter; 2 with 8-bit moments."""
+    penalty_bytes: float = 0.0
+    """What EWC keeps beside it, per parameter of LoRA (see `mera_ds.train.penalty`)."""
     embedding_on_device: bool = True
+
+    @property
+    def added(self) -> int:
+        """Parameters that train beside the backbone's own."""
+        return self.connectors + self.shape.lora(self.lora_rank)
 
     @property
     def trainable(self) -> int:
         """Parameters that train."""
-        return self.connectors + (self.shape.lora(self.lora_rank) if self.lora_rank else 0)
+        return self.added + (self.shape.parameters if self.full else 0)
 
 
 def kept_per_token(training: Training, device: Device) -> float:
@@ -63,13 +75,16 @@ def kept_per_token(training: Training, device: Device) -> float:
 
     Frozen layers keep nothing of their inputs. Kept are: the inputs of both norms in fp32; q, k, v
     and the attention's output; the gate, its SiLU and the up projection. LoRA adds the inputs of
-    its layers (with dropout each has its own, and a mask) and its inner products.
+    its layers (with dropout each has its own, and a mask) and its inner products. Where all weights
+    train, each layer and the scale of each norm keep their inputs.
     """
     shape, size = training.shape, SIZE[training.dtype]
     query, key = shape.heads * shape.head_width, shape.key_heads * shape.head_width
     norms = 2 * shape.width * 4
     attention = (2 * query + 2 * key) * size
     mlp = 3 * shape.inner * size
+    if training.full:
+        return norms + attention + mlp + (4 * shape.width + shape.inner) * size
     if not training.lora_rank:
         return norms + attention + mlp
     inner = 7 * training.lora_rank * size
@@ -89,6 +104,8 @@ def training_memory(training: Training, device: Device) -> dict[str, float]:
     shape, size = training.shape, SIZE[training.dtype]
     tokens = training.rows * training.length
     share = training.ranks if training.zero == 3 else 1
+    buffers = min(ZERO_3_BUFFERS, shape.parameters) if share > 1 else 0
+    stepped = training.trainable / (training.ranks if training.zero else 1)
     held = shape.parameters - (0 if training.embedding_on_device else shape.embedding)
     kept = kept_per_token(training, device)
     again = _recomputed(training.recompute, shape.layers)
@@ -103,13 +120,14 @@ def training_memory(training: Training, device: Device) -> dict[str, float]:
         "process": PROCESS if device == "cpu" else WORKSPACE_CUDA,
         "backbone": held * size / share,
         "encoders": training.encoders,
-        "trainables": training.trainable * size / share,
+        "buffers": buffers * size,
+        "trainables": training.added * size / share,
         "optimizer": _optimizer(training, device),
         "gradients": training.trainable * size / (training.ranks if training.zero >= 2 else 1),
         "activations": max(
             tokens * (light + (kept if again else 0) + transient),
             tokens * light + logits,
-            STEP_COPY * training.trainable if device == "cuda" else 0,
+            STEP_COPY * stepped if device == "cuda" else 0,
         ),
     }
 
@@ -135,7 +153,8 @@ def _optimizer(training: Training, device: Device) -> float:
         per_parameter = OPTIMIZER_CPU[training.zero]
     else:
         per_parameter = 4 + training.moment_bytes
-    return per_parameter * training.trainable / (training.ranks if training.zero else 1)
+    kept = training.penalty_bytes * training.shape.lora(training.lora_rank)
+    return (per_parameter * training.trainable + kept) / (training.ranks if training.zero else 1)
 
 
 def inference_memory(

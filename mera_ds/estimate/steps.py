@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mera_ds.config import RunConfig, resolve_path
+from mera_ds.config import ExecutionConfig, RunConfig, resolve_path
 from mera_ds.errors import MeraError
 from mera_ds.estimate.device import UTILISATION, Speed
 from mera_ds.estimate.memory import SIZE, Training, inference_memory, total, training_memory
@@ -23,11 +23,25 @@ from mera_ds.estimate.work import (
     texts_of,
     training_flops,
 )
-from mera_ds.plan import LORA, DataPart, EvaluateStep, FisherStep, MergeStep, Step, TrainStep
+from mera_ds.plan import (
+    BACKBONE,
+    LORA,
+    DataPart,
+    EvaluateStep,
+    FisherStep,
+    MergeStep,
+    Step,
+    TrainStep,
+)
 
 ANSWER_TOKENS = 14
 """Assumed length of what is generated."""
 MERGE_SECONDS = 5.0
+"""A merge of deltas, which writes coefficients or small files only."""
+DISK_SPEED = 1e9
+"""Assumed bytes per second at which weights are read, written or hashed."""
+STATE_BYTES = 12
+"""Of a checkpoint, per trained parameter: its fp32 value and Adam's moments."""
 LEAST_STEPS = 5
 """From so many steps on, the time that a step takes is measured rather than estimated."""
 
@@ -91,7 +105,7 @@ class Estimator:
             DataError: if it is damaged.
         """
         if isinstance(step, MergeStep):
-            return Estimate(seconds=MERGE_SECONDS)
+            return self._merge()
         if isinstance(step, EvaluateStep):
             return self._evaluation(step)
         if isinstance(step, FisherStep):
@@ -122,7 +136,20 @@ class Estimator:
         ]
         return lengths[0], min(lengths[1], prompt.max_length)
 
-    def _passes(self, data: Sequence[DataPart], phase: str, rank: int) -> _Passes:
+    def _backbone_bytes(self) -> float:
+        return self._shape.parameters * float(SIZE[self._config.backbone.dtype])
+
+    def _merge(self) -> Estimate:
+        """Return what it takes to scale a delta, or to average two whole backbones."""
+        if self._config.tuning == "lora":
+            return Estimate(seconds=MERGE_SECONDS)
+        # Both are read and the average is written, and all three are hashed.
+        weights = self._backbone_bytes()
+        return Estimate(seconds=MERGE_SECONDS + 6 * weights / DISK_SPEED, disk=weights)
+
+    def _passes(
+        self, data: Sequence[DataPart], phase: str, rank: int, full: bool = False
+    ) -> _Passes:
         """Return what it takes to go forward and back once through some data."""
         settings, execution = self._config.phase(phase), self._config.execution
         # Selective recomputation does no product again.
@@ -134,7 +161,7 @@ class Estimator:
                 count = math.ceil(texts.count * part.percent / 100)
                 mean, most = self._row(part.modality, texts)
                 labels = mean - self._connector(part.modality)[1]
-                flops += count * training_flops(self._shape, mean, labels, rank, recompute)
+                flops += count * training_flops(self._shape, mean, labels, rank, recompute, full)
                 flops += count * encoder.flops * (execution.features == "online")
                 features += texts.media * encoder.tokens * encoder.width * 4
                 samples += count
@@ -150,22 +177,30 @@ class Estimator:
     def _training(self, step: TrainStep) -> Estimate:
         settings, execution = self._config.phase(step.phase), self._config.execution
         rank = self._config.lora.rank if LORA in step.trainable else 0
-        passes = self._passes(step.data, step.phase, rank)
+        full = BACKBONE in step.trainable
+        passes = self._passes(step.data, step.phase, rank, full)
         steps = math.ceil(passes.samples / settings.batch_size) * settings.epochs
         steps = min(steps, settings.max_steps or steps)
         flops = passes.flops * steps * settings.batch_size / max(1, passes.samples)
-        trainable = sum(self._connector(part.modality)[0] for part in step.data)
-        trainable += self._shape.lora(rank) if rank else 0
+        added = sum(self._connector(part.modality)[0] for part in step.data)
+        added += self._shape.lora(rank)
+        state = STATE_BYTES * float(added + (self._shape.parameters if full else 0))
+        saves = max(0, steps - 1) // execution.save_every
         per_step = seconds_per_step(self._run, step.name)
+        seconds = flops / self._rate() if per_step is None else steps * per_step
+        if full:  # the others are saved while the training goes on
+            seconds += (saves * state + self._backbone_bytes()) / DISK_SPEED
         cached = execution.features == "cached" and step.phase == "align"
         return Estimate(
             samples=passes.samples,
             steps=steps,
             memory=self._training_memory(step, rank, passes.longest),
-            seconds=flops / self._rate() if per_step is None else steps * per_step,
+            seconds=seconds,
             measured=per_step is not None,
-            disk=4 * trainable + (passes.features if cached else 0),
-            disk_meanwhile=12 * trainable * execution.keep_checkpoints,
+            disk=4 * added
+            + (self._backbone_bytes() if full else 0)
+            + (passes.features if cached else 0),
+            disk_meanwhile=state * _checkpoints(execution, steps, saves),
             from_paper=passes.from_paper,
         )
 
@@ -176,7 +211,7 @@ class Estimator:
         factors = 4.0 * self._shape.lora(rank)
         return Estimate(
             samples=passes.samples,
-            memory=self._shape.parameters * SIZE[self._config.backbone.dtype] + 3 * factors,
+            memory=self._backbone_bytes() + 3 * factors,
             seconds=passes.flops / self._rate(),
             disk=factors,
             from_paper=passes.from_paper,
@@ -192,6 +227,7 @@ class Estimator:
             shape=self._shape,
             dtype=backbone.dtype,
             lora_rank=rank,
+            full=BACKBONE in step.trainable,
             dropout=self._config.lora.dropout,
             recompute=backbone.gradient_checkpointing,
             rows=rows,
@@ -202,13 +238,14 @@ class Estimator:
             zero=execution.zero,
             ranks=ranks,
             moment_bytes=2.0 if settings.optimizer == "adamw8bit" else 8.0,
+            penalty_bytes=0.0 if step.penalty is None else 2.0 * SIZE[backbone.dtype],
             embedding_on_device=backbone.embedding_device == "same",
         )
         return total(training_memory(training, self._speed.device))
 
     def _evaluation(self, step: EvaluateStep) -> Estimate:
         settings = self._config.evaluate
-        weights = self._shape.parameters * SIZE[self._config.backbone.dtype]
+        weights = self._backbone_bytes()
         new = min(ANSWER_TOKENS, settings.max_new_tokens)
         items, calls, longest, seconds, dollars, from_paper = 0, 0, 0.0, 0.0, 0.0, False
         for modality in step.modalities:
@@ -244,6 +281,12 @@ class Estimator:
             dollars=dollars if calls else None,
             from_paper=from_paper,
         )
+
+
+def _checkpoints(execution: ExecutionConfig, steps: int, saves: int) -> int:
+    """Return how many are there at once: a new one is written, or saved at a stop, beside those."""
+    kept = min(execution.keep_checkpoints, saves)
+    return kept + 1 + (max(0, steps - 1) // execution.keep_every if execution.keep_every else 0)
 
 
 def seconds_per_step(run: Path, name: str) -> float | None:

@@ -94,18 +94,25 @@ def forward_flops(shape: Shape, length: float, lora_rank: int = 0) -> float:
 
 
 def training_flops(
-    shape: Shape, length: float, labels: float, lora_rank: int, recompute: bool
+    shape: Shape,
+    length: float,
+    labels: float,
+    lora_rank: int,
+    recompute: bool,
+    full: bool = False,
 ) -> float:
     """Return the operations of a row of that length, forward and backward.
 
-    No gradient of a frozen weight is formed, and the head sees label positions only. What is
-    computed again counts if `recompute`; without it this is what a utilisation is measured by.
+    No gradient of a frozen weight is formed (`full`: none is frozen), and the head sees label
+    positions only. What is computed again counts if `recompute`; without it this is what a
+    utilisation is measured by.
     """
     attention = 2 * shape.layers * shape.heads * shape.head_width * length
-    frozen = 4 * shape.linear + 3 * attention
+    per_weight = 6 if full else 4
+    backbone = per_weight * shape.linear + 3 * attention
     trained = 6 * shape.lora(lora_rank)
     again = forward_flops(shape, length, lora_rank) if recompute else 0
-    return length * (frozen + trained + again) + labels * 4 * shape.embedding
+    return length * (backbone + trained + again) + labels * per_weight * shape.embedding
 
 
 def judge_dollars(config: RunConfig, items: int, chars: float) -> float | None:

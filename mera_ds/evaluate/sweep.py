@@ -111,7 +111,8 @@ def validation_units(data: ModalityData, config: RunConfig, count: int) -> list[
     units = data.units(TASKS)
     ids = [data.unit_id(unit) for unit in units]
     tasks = [data.task(unit) for unit in units]
-    replayed = set(replay_sample(ids, tasks, config.replay.percent, config.seed))
+    most = max(config.replay.percent, config.replay.realigning)
+    replayed = set(replay_sample(ids, tasks, most, config.seed))
     free = [place for place in range(len(units)) if place not in replayed] or [*range(len(units))]
     share = min(100.0, 100 * count / len(free))
     # Another seed than that of the replay list, whose draws these are what is left of.

@@ -337,10 +337,15 @@ def undo_product(
             newest stage are taken as they stand now.
 
     Raises:
-        InputError: if there is only one stage.
+        InputError: if there is only one stage, or its factors are those of all stages (EWC).
     """
     manifest = read_manifest(product)
     check_chain(product, manifest)
+    if len(manifest.lineage) < 2 and parents:
+        raise InputError(
+            f"{product} has one pair of factors that was carried on from stage to stage, so the "
+            f"newest can't be taken out; the model before it is {parents[0]}"
+        )
     if len(manifest.lineage) < 2:
         raise InputError(f"{product} has one stage only; before it there is the bare backbone")
     *older, newest = manifest.lineage

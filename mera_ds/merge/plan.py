@@ -107,7 +107,7 @@ class MergePlan:
     @property
     def coefficient(self) -> Weight | None:
         """What the tuned model counts, if it is one number."""
-        found = {tensor.weight for tensor in self.tensors}
+        found = {tensor.weight for tensor in self.tensors if tensor.old.dtype in FLOATS}
         return found.pop() if len(found) == 1 and self.rule.combine is None else None
 
     @property

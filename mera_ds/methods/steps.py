@@ -149,7 +149,7 @@ def realign(config: RunConfig, stage: int, start: str, output: str) -> TrainStep
         phase="realign",
         start=start,
         trainable=tuple(connector_set(name) for name in seen),
-        data=tuple(DataPart(modality=name, percent=config.replay.percent) for name in seen),
+        data=tuple(DataPart(modality=name, percent=config.replay.realigning) for name in seen),
         output=output,
     )
 

@@ -11,7 +11,7 @@ class MethodName:
     """A method as the tables show it."""
 
     text: str
-    """`{percent}` stands for the share of replayed data."""
+    """`{replayed}` and `{realigned}` stand for the shares of data that is trained on again."""
     plain: str | None = None
     """The method that this one is with realigning after every stage."""
 
@@ -19,13 +19,13 @@ class MethodName:
 NAMES: Mapping[str, MethodName] = {
     "expert": MethodName("Expert"),
     "finetune": MethodName("Fine-Tuning"),
-    "replay": MethodName("Replay({percent})"),
+    "replay": MethodName("Replay({replayed})"),
     "ewc": MethodName("EWC"),
     "pathweave": MethodName("PathWeave"),
     "merge": MethodName("Merging"),
-    "mera": MethodName("MERA({percent})", plain="merge"),
+    "mera": MethodName("MERA({realigned})", plain="merge"),
     "realign": MethodName("Fine-Tuning + Realign", plain="finetune"),
-    "replay+realign": MethodName("Replay({percent}) + Realign", plain="replay"),
+    "replay+realign": MethodName("Replay({replayed}) + Realign", plain="replay"),
     "ewc+realign": MethodName("EWC + Realign", plain="ewc"),
     "pathweave+realign": MethodName("PathWeave + Realign", plain="pathweave"),
 }
@@ -36,7 +36,8 @@ ABLATION = ("finetune", "merge", "realign", "mera")
 def method_name(config: RunConfig) -> str:
     """Return what tables call a run's method; one that the paper has not keeps its own name."""
     name = NAMES.get(config.method, MethodName(config.method))
-    return name.text.format(percent=f"{config.replay.percent:g}%")
+    replay = config.replay
+    return name.text.format(replayed=f"{replay.percent:g}%", realigned=f"{replay.realigning:g}%")
 
 
 def plain_method(method: str) -> str | None:

@@ -91,6 +91,11 @@ class TestOrderOfWork:
         message = refused(f"python launch/score.py --run {fresh}", 2, fresh)
         assert "has no finished stage yet; run 'mera-ds run' first" in message
 
+    def test_no_such_evaluation(self, fresh: Path, refused: Refused) -> None:
+        where = f"--run {fresh} --modality video --step 02-video/fisher"
+        message = refused(f"python launch/score.py {where}", 2, fresh)
+        assert message == "the stage of video has no evaluation 02-video/fisher"
+
     def test_nothing_to_report(self, fresh: Path, refused: Refused) -> None:
         message = refused(f"mera-ds report {fresh}", 2, fresh)
         assert (
@@ -307,6 +312,10 @@ class TestProducts:
     def test_merge_without_all_arguments(self, tmp_path: Path, refused: Refused) -> None:
         message = refused("python launch/merge.py --previous A --tuned B --out C", 2, tmp_path)
         assert message == "--stage is missing; give --previous, --tuned, --stage and --out"
+
+    def test_merge_in_a_run_by_another_method(self, tmp_path: Path, refused: Refused) -> None:
+        message = refused("python launch/merge.py --run r --method ties", 2, tmp_path)
+        assert message.startswith("--method and --base are for two folders")
 
 
 @pytest.fixture

@@ -102,19 +102,34 @@ class TestMemory:
         assert kept[0] == kept[1] > kept[2] > kept[3] > kept[-1] == kept[-2]
         assert kept[1] > kept[4] > kept[5]
 
-    @pytest.mark.parametrize(("rank", "dropout"), [(0, 0.0), (8, 0.0), (8, 0.1)])
-    def test_it_counts_what_autograd_keeps(self, tmp_path: Path, rank: int, dropout: float) -> None:
+    def test_of_full_fine_tuning_ranks_share_all_but_activations(self, llama: Shape) -> None:
+        """16 bytes a weight in bf16: itself, its gradient, its master, two moments."""
+        full = {"lora_rank": 0, "dropout": 0.0, "full": True, "connectors": 0, "dtype": "bf16"}
+        names = ("backbone", "trainables", "gradients", "optimizer")
+        for zero, ranks, per_weight in ((1, 1, 16), (2, 8, 2 + 14 / 8), (3, 8, 16 / 8)):
+            parts = training_memory(tune(llama, zero=zero, ranks=ranks, **full), "cuda")
+            found = sum(parts[name] for name in names)
+            assert found == pytest.approx(per_weight * llama.parameters, rel=1e-6)
+            assert (parts["buffers"] > 0) == (zero == 3)
+
+    @pytest.mark.parametrize(
+        ("rank", "dropout", "full"),
+        [(0, 0.0, False), (8, 0.0, False), (8, 0.1, False), (0, 0.0, True)],
+    )
+    def test_it_counts_what_autograd_keeps(
+        self, tmp_path: Path, rank: int, dropout: float, full: bool
+    ) -> None:
         """The difference of one layer, tensor by tensor, on a CPU."""
         folder = write_backbone(tmp_path / "llama", "llama")
         shape = read_shape(folder)
         kept = []
         for layers in (1, 2):
             llm = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=layers).train()
-            llm.requires_grad_(False)
+            llm.requires_grad_(full)
             if rank:
                 attach_lora(llm, LoraConfig(rank=rank, dropout=dropout))
             kept.append(_saved_bytes(llm, torch.randn(2, 16, shape.width, requires_grad=True)))
-        step = tune(shape, dtype="fp32", lora_rank=rank, dropout=dropout)
+        step = tune(shape, dtype="fp32", lora_rank=rank, dropout=dropout, full=full)
         log_sums = shape.heads * 4 + 2 * 4  # of the attention, and of both norms
         assert kept[1] - kept[0] == 32 * (kept_per_token(step, "cpu") + log_sums)
 
@@ -140,6 +155,8 @@ def test_operations_are_those_of_the_model(llama: Shape) -> None:
     """Two for each weight forward and backward; a row of 640 tokens of which 16 are learned."""
     row = training_flops(llama, 640, 16, 128, recompute=False)
     assert row / 640 == pytest.approx(4 * 6.98e9 + 6 * 0.3355e9, rel=0.02)
+    whole = training_flops(llama, 640, 16, 0, recompute=False, full=True)
+    assert whole / 640 == pytest.approx(6 * 6.98e9, rel=0.03)
     again = training_flops(llama, 640, 16, 128, recompute=True)
     assert (again - row) / 640 == pytest.approx(2 * 7.31e9, rel=0.03)
 
@@ -174,6 +191,20 @@ def test_the_papers_run_is_near_the_papers_hours(tmp_path: Path) -> None:
     assert judged.judge_calls == 4000
     assert judged.dollars is not None
     assert 0.1 < judged.dollars < 2
+
+
+def test_full_fine_tuning_keeps_and_merges_whole_backbones(tmp_path: Path) -> None:
+    config = load_profile("8xh100-zero3-full")
+    estimator = Estimator(config, tmp_path, A6000)
+    found = {step.name: estimator.estimate(step) for step in make_plan(config).steps}
+    weights = 2 * 8_030_261_248
+    tune = found["02-video/tune"]
+    assert tune.disk == pytest.approx(weights, rel=0.01)
+    assert tune.disk_meanwhile == pytest.approx(3 * 12 * weights / 2, rel=0.01)  # one is written
+    assert 20 * GB < tune.memory < 40 * GB
+    assert found["02-video/merge"].disk == weights
+    assert found["02-video/merge"].seconds > 60
+    assert found["02-video/realign"].disk < GB
 
 
 class TestPlan:

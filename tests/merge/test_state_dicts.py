@@ -134,6 +134,20 @@ class TestLayouts:
 
 
 class TestFolder:
+    def test_whole_numbers_do_not_hide_the_coefficient(
+        self, pair: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        folders = []
+        for folder in pair:
+            folders.append(tmp_path / f"{folder.name}-with-ids")
+            folders[-1].mkdir()
+            (folders[-1] / "config.json").write_text((folder / "config.json").read_text())
+            tensors = {**state(folder), "position_ids": torch.arange(4)}
+            save_file(tensors, folders[-1] / "model.safetensors")
+        output = merge_checkpoints(*folders, 2, tmp_path / "out")
+        assert json.loads((output / RECORD).read_text())["coefficient"] == "1/2"
+        assert torch.equal(state(output)["position_ids"], torch.arange(4))
+
     def test_the_record_names_inputs_and_output_by_their_weights(
         self, pair: tuple[Path, Path], tmp_path: Path
     ) -> None:

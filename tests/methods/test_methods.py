@@ -148,6 +148,14 @@ def test_realigning_trains_all_connectors_so_far_on_all_modalities_so_far(method
         assert plan.final_model(modality) == realign.output
 
 
+def test_replay_of_one_percent_can_be_realigned_with_ten() -> None:
+    """As in the paper's Table 5."""
+    plan = plan_of("replay+realign", "replay.percent=1", "replay.realign_percent=10")
+    tune, realign = train(plan, ORDER[1], "tune"), train(plan, ORDER[1], "realign")
+    assert [part.percent for part in tune.data] == [1.0, 100.0]
+    assert [part.percent for part in realign.data] == [10.0, 10.0]
+
+
 @pytest.mark.parametrize("name", ["finetune", "replay", "ewc", "pathweave", "merge"])
 def test_realigning_changes_nothing_of_how_a_method_learns(name: str) -> None:
     alone, realigned = plan_of(name), plan_of(REALIGNED_NAMES[name])

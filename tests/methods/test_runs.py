@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 from cli.commands import finish, start, succeed
 
 from mera_ds.checkpoint import load_delta, load_part
@@ -112,6 +113,27 @@ class TestEwc:
         assert all(bool((second[name] >= first[name]).all()) for name in first)
         assert any(bool((second[name] > first[name]).any()) for name in first)
         assert all(bool((entry >= 0).all()) for entry in first.values())
+
+    def test_two_launched_ranks_measure_the_same(
+        self, place: Path, runs: Mapping[str, Path]
+    ) -> None:
+        copy = place / "launched"
+        shutil.copytree(runs["ewc"], copy)
+        shutil.rmtree(product(copy, 2, "fisher"))
+        until = "--until 02-pointcloud/fisher"
+        execution = "execution.launcher=torchrun execution.processes=2"
+        succeed(f"mera-ds run launched {until} {execution}", place)
+        found, expected = (
+            load_importance(product(run, 2, "fisher")) for run in (copy, runs["ewc"])
+        )
+        for name, entry in expected.items():
+            assert torch.allclose(found[name], entry, rtol=1e-4), name
+
+    def test_undoing_names_the_model_before(self, place: Path, runs: Mapping[str, Path]) -> None:
+        command = f"mera-ds lineage undo {runs['ewc']}"
+        ended = finish(start(command, place), command)
+        assert ended.status == 2
+        assert f"the model before it is {product(runs['ewc'], 2)}" in ended.message
 
     def test_it_is_not_what_fine_tuning_learns(self, runs: Mapping[str, Path]) -> None:
         assert (
