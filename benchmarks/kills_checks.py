@@ -14,7 +14,7 @@ from mera_ds.manifest import MANIFEST, read_manifest
 from mera_ds.shards.format import read_index
 from mera_ds.shards.lint import verify
 
-WITH_TIMES = {".lock", "tensorboard", "metrics.jsonl", "verified", "hashes.json"}
+WITH_TIMES = {".lock", "tensorboard", "metrics.jsonl", "processes.jsonl", "verified", "hashes.json"}
 """Files and folders that hold times or exist only as long as a process does."""
 
 

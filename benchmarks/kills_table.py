@@ -45,8 +45,8 @@ def markdown(tallies: Sequence[Counted], seconds: float, seed: int, load: float)
         f"after each of the {ends} ends, reached by the same command without any other step, "
         "nothing unfinished was left (run, cache, outputs), all bytes were those of the "
         "undisturbed run, and no more steps had been repeated than lie between two saves. "
-        "Times and locks (`metrics.jsonl`, TensorBoard, remembered hashes) are left out; of "
-        "`metrics.jsonl` the losses are compared.",
+        "Times and locks (`metrics.jsonl`, `processes.jsonl`, TensorBoard, remembered hashes) are "
+        "left out; of `metrics.jsonl` the losses are compared.",
         "",
         *(f"- {problem}" for problem in problems),
     ]
