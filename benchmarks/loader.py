@@ -3,21 +3,23 @@
 `python benchmarks/loader.py` makes its data once (2 000 JPEGs, 200 clips with 40 captions each) and
 writes `benchmarks/results/loader-<machine>.{json,md}`. All contenders read the same media, decode
 them with the same function and yield equal samples (asserted before anything is timed). Each
-measurement is a process of its own; repeats are interleaved and the best of each is kept.
+measurement is a process of its own, forked from one that has only imported; repeats are interleaved
+and the best of each is kept.
 """
 
 import argparse
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import platform
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,8 @@ BATCH = 20
 WORKERS = 2
 CAPTIONS = 40
 CACHE_BYTES = 512_000_000
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["mera_ds.data.loader", "mera_ds.media", "webdataset"])
 GOALS = (
     ("read without decode, warm, samples per CPU s / webdataset", "ours/webdataset", 4.0),
     ("read without decode, cold, samples per s / plain files", "ours/plain", 2.0),
@@ -242,6 +246,8 @@ READERS = {"plain": read_plain, "webdataset": read_web, "ours": read_ours}
 
 def measure(task: str, name: str, folder: Path) -> dict[str, float]:
     """Time one pass in this process: samples/s, samples per CPU second, peak memory in MB."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the contenders' workers
     started, before = time.perf_counter(), _cpu()
     if task == "read":
         samples = sum(1 for _ in READERS[name](folder))
@@ -280,9 +286,8 @@ def in_process(task: str, name: str, folder: Path, cold: bool = False) -> dict[s
                 os.fsync(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.close(descriptor)
-    command = [sys.executable, __file__, "--data", str(folder), "--measure", task, name]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return dict(json.loads(result.stdout.splitlines()[-1]))
+    with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
+        return pool.submit(measure, task, name, folder).result()
 
 
 def assert_equal(folder: Path) -> None:
@@ -367,12 +372,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--measure", nargs=2, metavar=("TASK", "LOADER"), help="for its own use")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.measure:
-        print(json.dumps(measure(*arguments.measure, arguments.data)))
-        return
     make_data(arguments.data, arguments.images, arguments.clips)
     assert_equal(arguments.data)
     load = f"load {os.getloadavg()[0]:.1f} at start"

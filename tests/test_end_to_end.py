@@ -23,7 +23,7 @@ ORDER = ("image", "video", "audio", "pointcloud")
 METHODS = ("expert", "finetune", "mera")
 RUNS = " ".join(f"runs/tiny/{method}" for method in METHODS)
 PNG = b"\x89PNG\r\n\x1a\n"
-KILLS = 6
+KILLS = 4
 
 
 @pytest.fixture(scope="module")
@@ -268,15 +268,13 @@ class TestRunningAgain:
 
 
 class TestStopping:
-    """Two stages, stopped again and again, end as two stages that nothing has disturbed."""
+    """Stages that were stopped again and again end as those that nothing has disturbed."""
 
-    def assert_undisturbed(self, folder: Path, mera: Path) -> None:
-        for stage in (1, 2):
+    def assert_undisturbed(self, folder: Path, mera: Path, stages: int) -> None:
+        for stage in range(1, stages + 1):
             assert model(folder, stage).model_sha256 == model(mera, stage).model_sha256
-        assert model(folder, 2, "merged").key == model(mera, 2, "merged").key
-        expected = [row for row in results(mera) if row["stage"] <= 2]
+        expected = [row for row in results(mera) if row["stage"] <= stages]
         assert [{**row, "run": "mera"} for row in results(folder)] == expected
-        assert replayed(folder, 2) == replayed(mera, 2)
         assert not list(folder.rglob("*.partial-*"))
 
     def test_kill_at_random_times(self, runs: Mapping[str, Path], tmp_path: Path) -> None:
@@ -291,13 +289,16 @@ class TestStopping:
         command = "mera-ds run killed --until video execution.save_every=3"
         ended = succeed(command, tmp_path, MERA_CACHE=str(tmp_path / "cache"))
         assert kills >= 3, ended
-        self.assert_undisturbed(tmp_path / "killed", runs["mera"])
+        killed, mera = tmp_path / "killed", runs["mera"]
+        self.assert_undisturbed(killed, mera, stages=2)
+        assert model(killed, 2, "merged").key == model(mera, 2, "merged").key
+        assert replayed(killed, 2) == replayed(mera, 2)
 
     def test_stop_signals(self, runs: Mapping[str, Path], tmp_path: Path) -> None:
         """In training the state is saved first; at other times there is nothing to save."""
         succeed("mera-ds init stopped --profile tiny", tmp_path)
         folder = tmp_path / "stopped"
-        command = "mera-ds run stopped --until video execution.save_every=1"
+        command = "mera-ds run stopped --until image execution.save_every=1"
         step = folder / "stages/01-image/tune/step-000004"
         ended = self.stop(command, tmp_path, signal.SIGTERM, step)
         assert "stopping at the end of this step" in ended.errors
@@ -308,7 +309,7 @@ class TestStopping:
         assert "continuing from stopped/stages/01-image/tune/step-0000" in ended.errors
         assert ended.message == "stopped; run the same command to continue"
         succeed(command, tmp_path)
-        self.assert_undisturbed(folder, runs["mera"])
+        self.assert_undisturbed(folder, runs["mera"], stages=1)
 
     def stop(self, command: str, place: Path, number: signal.Signals, at: Path) -> Ended:
         """Start a command, send it a signal when a file is there, and return how it ended."""

@@ -26,6 +26,16 @@ Say = Callable[[Sequence[int]], list[str]]
 
 
 @dataclass(frozen=True)
+class Generated:
+    """What one call has generated."""
+
+    texts: tuple[str, ...]
+    """Of all ranks, without those that an earlier call had stored."""
+    seconds: float
+    """That this rank spent on it."""
+
+
+@dataclass(frozen=True)
 class Part:
     """Some batches of a task's items."""
 
@@ -50,7 +60,7 @@ def cut_into_parts(lengths: Sequence[int], batch_size: int) -> list[Part]:
 
 def predict_in_parts(
     path: Path, asked: Sequence[Prediction], parts: Sequence[Part], say: Say, world: World
-) -> float:
+) -> Generated:
     """Write the predictions of one task, generating what no part file holds. Every rank calls it.
 
     Args:
@@ -59,9 +69,6 @@ def predict_in_parts(
         parts: from `cut_into_parts`, equal on all ranks.
         say: generates one batch, on this rank alone.
         world: this process among the ranks that share the work.
-
-    Returns:
-        Seconds that this rank spent on generation.
     """
     folder = path.with_suffix(".parts")
     files = [folder / f"{number:05d}.jsonl" for number in range(len(parts))]
@@ -73,20 +80,21 @@ def predict_in_parts(
     with together():
         made = _known([files[number] for number in own], [parts[n] for n in own], asked)
         said = {own[place]: predictions for place, predictions in made.items()}
-        for number in own:
-            if number not in said:
-                said[number] = _generate(parts[number], asked, say)
-                save_predictions(files[number], said[number])
-                failpoint("evaluate.part")
+        new = [number for number in own if number not in said]
+        for number in new:
+            said[number] = _generate(parts[number], asked, say)
+            save_predictions(files[number], said[number])
+            failpoint("evaluate.part")
     seconds = time.monotonic() - started
     everything = gather(said)
+    texts = gather([entry.prediction for number in new for entry in said[number]])
     with main_rank_first(world) as mine:
         if mine:
             for of_rank in everything:
                 known |= of_rank
             _join(path, parts, known)
             shutil.rmtree(folder, ignore_errors=True)
-    return seconds
+    return Generated(tuple(text for of_rank in texts for text in of_rank), seconds)
 
 
 def _generate(part: Part, asked: Sequence[Prediction], say: Say) -> list[Prediction]:

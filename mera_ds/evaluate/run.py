@@ -18,7 +18,7 @@ from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World, main_rank_first, share
 from mera_ds.evaluate.generate import Speaker, questions
 from mera_ds.evaluate.items import test_items, test_tasks
-from mera_ds.evaluate.parts import cut_into_parts, predict_in_parts
+from mera_ds.evaluate.parts import Generated, cut_into_parts, predict_in_parts
 from mera_ds.evaluate.predictions import (
     PER_ITEM,
     SCORES,
@@ -138,11 +138,24 @@ def _generate(
                 *(model, tokenizer, reader, items, settings.max_new_tokens, prompts.end_ids),
                 decode=config.execution.decode,
             )
-            seconds = predict_in_parts(file, questions(data, items), parts, say, world)
-            figures = {"items": len(items), "seconds": seconds, "memory_gb": memory_gb()}
-            metrics.write(f"generate/{test.name}", step.stage, figures)
+            generated = predict_in_parts(file, questions(data, items), parts, say, world)
+            if generated.texts:
+                figures = _figures(generated, tokenizer, settings.batch_size)
+                metrics.write(f"generate/{test.name}", step.stage, figures)
             logger.info("%s: %d predictions", test.name, len(items))
     return tests
+
+
+def _figures(generated: Generated, tokenizer: Any, batch_size: int) -> dict[str, float]:
+    """Return what generation took; an end token counts for every text."""
+    ids = tokenizer(list(generated.texts), add_special_tokens=False)["input_ids"]
+    return {
+        "items": len(generated.texts),
+        "tokens": sum(map(len, ids)) + len(ids),
+        "batch_size": batch_size,
+        "seconds": generated.seconds,
+        "memory_gb": memory_gb(),
+    }
 
 
 def _score(

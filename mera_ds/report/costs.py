@@ -25,6 +25,10 @@ class Cost:
     """Largest of the training steps, on one rank: GPU memory, or resident memory on a CPU."""
     generate_seconds: float | None
     """Per generated text, times the ranks."""
+    token_milliseconds: float | None
+    """Per generated token, end tokens included, times the ranks."""
+    batch_sizes: tuple[int, ...]
+    """Of generation."""
     generate_memory_gb: float | None
     hardware: tuple[str, ...]
     """Machines that the run computed on."""
@@ -95,16 +99,26 @@ def _cost(run: Run, own: _Log, logs: Sequence[_Log]) -> Cost:
         machines += [process["hardware"]] if process else []
     known = [entry for entry in seconds if entry is not None]
     said = [row for name, rows in own.rows.items() if name.startswith("generate/") for row in rows]
-    items = sum(row["items"] for row in said)
-    spent = sum(row["seconds"] * own.process(row).get("ranks", 1) for row in said)
+    counted = [row for row in said if "tokens" in row]  # older rows have none
     machines += [own.process(row)["hardware"] for row in said if own.process(row)]
     return Cost(
         train_hours=sum(known) / 3600 if known and len(known) == len(seconds) else None,
         train_memory_gb=max(memory, default=None),
-        generate_seconds=spent / items if items else None,
+        generate_seconds=_per(said, own, "items"),
+        token_milliseconds=_per(counted, own, "tokens", 1000),
+        batch_sizes=tuple(sorted({row["batch_size"] for row in counted})),
         generate_memory_gb=max((row["memory_gb"] for row in said), default=None),
         hardware=tuple(dict.fromkeys(machines)),
     )
+
+
+def _per(
+    rows: Sequence[Mapping[str, Any]], log: _Log, what: str, unit: float = 1.0
+) -> float | None:
+    """Return the time that all ranks spent on one of something."""
+    number = sum(row[what] for row in rows)
+    spent = sum(row["seconds"] * log.process(row).get("ranks", 1) for row in rows)
+    return unit * spent / number if number else None
 
 
 def _where(step: TrainStep, own: _Log, logs: Sequence[_Log]) -> _Log | None:

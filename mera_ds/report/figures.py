@@ -35,7 +35,10 @@ class Picture:
     """Width."""
 
 
+_LONG: Any = (0, (6, 1))
+_MIXED: Any = (0, (4, 1, 1, 1, 1, 1))
 _Look = tuple[str, Any, str]
+"""Marker, line style, colour."""
 _Looks = dict[tuple[str, str], _Look]
 _LOOKS: tuple[_Look, ...] = (
     ("o", "-", "#0072B2"),
@@ -46,6 +49,14 @@ _LOOKS: tuple[_Look, ...] = (
     ("X", "--", "#56B4E9"),
     ("P", "-.", "#000000"),
     ("*", ":", "#7F7F7F"),
+    ("<", _LONG, "#003F66"),
+    (">", _MIXED, "#7A3500"),
+    ("p", _LONG, "#004D38"),
+    ("h", _MIXED, "#7A2F5B"),
+    ("d", _LONG, "#8A6100"),
+    ("8", _MIXED, "#1F5F8A"),
+    ("H", _LONG, "#8C1C13"),
+    ("4", _MIXED, "#5B3A8E"),
 )
 _STYLE: dict[str, Any] = {
     "figure.dpi": 300,

@@ -16,14 +16,15 @@ class MethodName:
     """The method that this one is with realigning after every stage."""
 
 
+# In the order of the tables' rows.
 NAMES: Mapping[str, MethodName] = {
     "expert": MethodName("Expert"),
     "finetune": MethodName("Fine-Tuning"),
     "replay": MethodName("Replay({replayed})"),
     "ewc": MethodName("EWC"),
     "pathweave": MethodName("PathWeave"),
-    "merge": MethodName("Merging"),
     "mera": MethodName("MERA({realigned})", plain="merge"),
+    "merge": MethodName("Merging"),
     "realign": MethodName("Fine-Tuning + Realign", plain="finetune"),
     "replay+realign": MethodName("Replay({replayed}) + Realign", plain="replay"),
     "ewc+realign": MethodName("EWC + Realign", plain="ewc"),
@@ -38,6 +39,11 @@ def method_name(config: RunConfig) -> str:
     name = NAMES.get(config.method, MethodName(config.method))
     replay = config.replay
     return name.text.format(replayed=f"{replay.percent:g}%", realigned=f"{replay.realigning:g}%")
+
+
+def method_rank(method: str) -> int:
+    """Return a method's place in the tables; one that the paper has not comes last."""
+    return [*NAMES].index(method) if method in NAMES else len(NAMES)
 
 
 def plain_method(method: str) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from mera_ds.report.costs import Cost, run_costs
 from mera_ds.report.gains import Mean, Progress
 from mera_ds.report.labels import ABLATION, plain_method
+from mera_ds.report.parameters import run_parameters
 from mera_ds.report.render import Table
 from mera_ds.report.results import Run
 from mera_ds.report.summary import Group, Section
@@ -39,7 +40,8 @@ def paper_tables(section: Section, runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
-_GENERATION = ("Generation\nGB", "Generation\ns per text")
+_COUNTS = ("Trained\nM", "Added\nM")
+_GENERATION = ("Generation\nGB", "Generation\ns/text", "Generation\nms/token")
 Rows = Mapping[str, Mapping[tuple[str, ...], Progress]]
 """Backward gain by label and order."""
 
@@ -121,7 +123,7 @@ def _origin(section: Section) -> list[str]:
 
 
 def _overheads(section: Section, costs: Mapping[Path, Cost]) -> Table:
-    header = ("Method", "Runs", "Training\nGB", "Training\nhours", *_GENERATION)
+    header = ("Method", "Runs", *_COUNTS, "Training\nGB", "Training\nhours", *_GENERATION)
     labels = dict.fromkeys(group.label for group in section.groups)
     members = [
         (label, [run for group in section.groups if group.label == label for run in group.runs])
@@ -131,22 +133,33 @@ def _overheads(section: Section, costs: Mapping[Path, Cost]) -> Table:
     rows = []
     for label, runs in members:
         found = [costs[run.folder] for run in runs]
+        counts = [run_parameters(run) for run in runs]
         rows.append(
             (
                 label,
                 str(len(runs)),
+                _millions([count.trained for count in counts]),
+                _millions([count.added for count in counts]),
                 _number(_largest([cost.train_memory_gb for cost in found])),
                 _number(_mean([cost.train_hours for cost in found]), ".3g"),
                 _number(_largest([cost.generate_memory_gb for cost in found])),
                 _number(_mean([cost.generate_seconds for cost in found]), ".3g"),
+                _number(_mean([cost.token_milliseconds for cost in found]), ".3g"),
             )
         )
+    everything = [costs[run.folder] for run in section.runs]
+    sizes = sorted({size for cost in everything for size in cost.batch_sizes})
+    batches = " / ".join(map(str, sizes)) or "evaluate.batch_size"
     machines = dict.fromkeys(m for run in section.runs for m in costs[run.folder].hardware)
     notes = (
+        "Trained: most parameters that one step trains, in millions. Added: what the newest model "
+        "has beside base and encoders, which is its connectors, and deltas and gates if they are "
+        "woven; other deltas fold into the base.",
         "GB (1e9 bytes): largest of all steps on one rank, GPU memory or on a CPU resident memory. "
         "Hours: all training steps, clock time times ranks, mean over runs; steps taken over from "
-        "another run count as if done again. Generation: in batches of evaluate.batch_size. "
-        "n/a: not recorded.",
+        "another run count as if done again. n/a: not recorded.",
+        f"Generation: in batches of {batches} texts, with the encoding of media and prompts; for "
+        "the latency at batch 1, evaluate with evaluate.batch_size=1.",
         f"Hardware: {'; '.join(machines) or 'not recorded'}.",
         limits_note(section),
     )
@@ -156,6 +169,11 @@ def _overheads(section: Section, costs: Mapping[Path, Cost]) -> Table:
 
 def _largest(values: Sequence[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
+
+
+def _millions(counts: Sequence[int | None]) -> str:
+    most = _largest(counts)
+    return _number(None if most is None else most / 1e6, ".3g")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -17,7 +17,7 @@ from mera_ds.report.gains import (
     progress,
     relative_gain,
 )
-from mera_ds.report.labels import method_name
+from mera_ds.report.labels import method_name, method_rank
 from mera_ds.report.results import EXPERT, METRICS, Run, Score
 
 GAINS = {"backward": backward_gain, "forward": forward_gain}
@@ -94,9 +94,14 @@ class Section:
 
     @property
     def orders(self) -> list[tuple[str, ...]]:
-        """Return the different orders of the groups, or of the experts if there are no groups."""
+        """Return the different orders of the groups, or of the experts if there are no groups.
+
+        One that the experts have comes first.
+        """
+        experts = [run.config.order for run in self.experts]
         members = [group.order for group in self.groups]
-        return list(dict.fromkeys(members or [run.config.order for run in self.experts]))
+        first = [order for order in experts if order in members]
+        return list(dict.fromkeys([*first, *members] or experts))
 
     def columns(self, order: Sequence[str]) -> list[Column]:
         """Return the test sets that anything was measured on: modalities as in `order`."""
@@ -181,7 +186,7 @@ class Section:
 
 
 def summarise(runs: Sequence[Run]) -> list[Section]:
-    """Arrange runs into one section per profile, keeping the order in which they were given."""
+    """Arrange runs into one section per profile: methods as the paper, else as they were given."""
     return [
         _section(profile, [run for run in runs if run.config.profile == profile])
         for profile in dict.fromkeys(run.config.profile for run in runs)
@@ -205,7 +210,11 @@ def score_table(run: Run, experts: Sequence[Run], name: str) -> ScoreTable:
 
 def _section(profile: str, runs: Sequence[Run]) -> Section:
     experts = tuple(run for run in runs if run.config.method == EXPERT)
-    others = [run for run in runs if run.config.method != EXPERT]
+    known = [run.config.order for run in experts]
+    others = sorted(
+        (run for run in runs if run.config.method != EXPERT),
+        key=lambda run: (method_rank(run.config.method), run.config.order not in known),
+    )
     labels = {run.folder: _label(run, others) for run in others}
     keys = dict.fromkeys((labels[run.folder], run.config.order) for run in others)
     groups = []
@@ -266,8 +275,8 @@ def _first_stages(tables: Sequence[ScoreTable]) -> list[str]:
         except GainUndefined:
             continue
         if abs(gain - 100) >= 1:
-            found.append(
-                f"{table.name}: stage 1 counts as 100 %, as in the paper; "
-                f"measured against its expert it is {gain:.2f} %."
-            )
-    return found
+            found.append(f"{table.name} {gain:.2f} %")
+    if not found:
+        return []
+    said = "Stage 1 counts as 100 %, as in the paper; measured against its expert it is"
+    return [f"{said}: {'; '.join(found)}."]

@@ -32,7 +32,8 @@ def predict(path: Path) -> list[int]:
     """Predict in batches of two and return which items were generated."""
     say = Parrot()
     parts = cut_into_parts([len(entry.question) for entry in ASKED], 2)
-    predict_in_parts(path, ASKED, parts, say, ALONE)
+    generated = predict_in_parts(path, ASKED, parts, say, ALONE)
+    assert sorted(generated.texts) == sorted(f"text {number}" for number in say.asked)
     expected = [dataclasses.replace(e, prediction=f"text {n}") for n, e in enumerate(ASKED)]
     assert load_predictions(path) == expected
     assert not path.with_suffix(".parts").exists()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mera_ds.config import RunConfig
 from mera_ds.files import write_json
 from mera_ds.manifest import SCHEMA
 from mera_ds.methods.steps import learn
@@ -30,11 +31,13 @@ def steps(name: str, times: list[float], memory: float = 1.0) -> list[dict[str, 
 
 
 @pytest.fixture
-def runs(make_run: MakeRun) -> list[Path]:
+def runs(make_run: MakeRun, config: RunConfig) -> list[Path]:
     """Return a run that trained on two ranks, and one that took over its products."""
     folders = [make_run("one", "finetune", "finetune"), make_run("two", "ewc", "ewc")]
     for folder in folders:
-        plan = Plan(method="finetune", steps=learn(1, "image", None, "stages/01-image/model"))
+        plan = Plan(
+            method="finetune", steps=learn(config, 1, "image", None, "stages/01-image/model")
+        )
         save_plan(plan, folder / "plan.json")
         for step in plan.steps:
             facts = {"schema": SCHEMA, "key": f"key of {step.name}", "step": step.name}
@@ -45,7 +48,8 @@ def runs(make_run: MakeRun) -> list[Path]:
     log(folders[0], "metrics.jsonl", steps("01-image/align", [100, 110, 120]))
     log(folders[0], "metrics.jsonl", steps("01-image/tune", [200, 210, 220, 230], 3.0))
     said = {"name": "generate/image-qa", "step": 1, "time": 300.0}
-    log(folders[0], "metrics.jsonl", [{**said, "items": 50, "seconds": 5.0, "memory_gb": 2.0}])
+    figures = {"items": 50, "tokens": 400, "batch_size": 8, "seconds": 5.0, "memory_gb": 2.0}
+    log(folders[0], "metrics.jsonl", [{**said, **figures}])
     return folders
 
 
@@ -59,6 +63,8 @@ def test_time_counts_every_rank_and_the_first_step(runs: list[Path]) -> None:
     assert one.train_hours == pytest.approx(2 * (30 + 40) / 3600)
     assert one.train_memory_gb == pytest.approx(3.04)
     assert one.generate_seconds == pytest.approx(2 * 5 / 50)
+    assert one.token_milliseconds == pytest.approx(1000 * 2 * 5 / 400)
+    assert one.batch_sizes == (8,)
     assert (one.generate_memory_gb, one.hardware) == (2.0, ("a GPU",))
 
 
@@ -75,4 +81,4 @@ def test_a_step_done_again_after_a_kill_counts_once(runs: list[Path]) -> None:
 
 def test_what_is_not_recorded_is_not_guessed(runs: list[Path]) -> None:
     (runs[0] / "metrics.jsonl").unlink()
-    assert costs(runs)[0] == Cost(None, None, None, None, ())
+    assert costs(runs)[0] == Cost(None, None, None, None, (), None, ())
