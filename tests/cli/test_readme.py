@@ -87,6 +87,7 @@ def test_no_command_in_the_text_is_untested() -> None:
         "mera-ds pocket fetch",
         "mera-ds shards build pocket --source",
         "pip install -e '.[flash]'",
+        "pip install -e '.[adam8bit]'",
     )
     elsewhere = (  # in test_shards.py, test_features.py, tests/{shards,methods,evaluate}
         "mera-ds study benchmarks/study.yaml",
