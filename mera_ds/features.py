@@ -22,7 +22,7 @@ from mera_ds.checkpoint import save_tensors
 from mera_ds.config import RunConfig, cache_folder
 from mera_ds.data.dataset import MediaCache, ModalityData, UnitReader, UnitRef
 from mera_ds.data.prompts import PromptBuilder
-from mera_ds.distributed import World, main_rank_first, share
+from mera_ds.distributed import World, share, together
 from mera_ds.errors import DataError, LockedError
 from mera_ds.files import committed_folder, failpoint, folder_lock, remove_temporaries
 from mera_ds.identity import data_folders
@@ -155,9 +155,9 @@ class FeatureStore:
             return
         with self._claimed() if world.is_main else nullcontext():
             todo = share(self._missing())
-            with main_rank_first(world):
+            with together():
                 self._encode_all(todo[world.rank :: world.size], world.device)
-            with main_rank_first(world):
+            with together():
                 if world.local_rank == 0:
                     self._encode_all(self._missing(), world.device)
 

@@ -5,10 +5,12 @@ update of that layer's weight is  weight · B A  (paper: θ_tuned − θ_{i−1}
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
+from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,20 +33,52 @@ def linear_layers(llm: PreTrainedModel) -> dict[str, nn.Linear]:
     }
 
 
+class _Up(nn.Linear):
+    """B, a module so that ZeRO-3 gathers it: adds  scale · B h  to a result in one product."""
+
+    def __init__(self, weight: nn.Parameter, scale: float) -> None:
+        width_out, rank = weight.shape
+        super().__init__(rank, width_out, bias=False, device="meta")
+        self.weight = weight
+        self.scale = scale
+
+    def forward(self, h: Tensor, result: Tensor | None = None) -> Tensor:
+        """Map (…, r) to (…, out), added to a result (…, out) if there is one."""
+        if result is None:
+            return super().forward(h)
+        rows = result.flatten(0, -2)
+        rows = torch.addmm(rows, h.flatten(0, -2), self.weight.t(), alpha=self.scale)
+        return rows.view_as(result)
+
+
+class _LoraLinear(PeftLinear):  # type: ignore[misc]  # peft has no types
+    """peft's LoRA, without passes of their own over (…, out) for its scale and its sum."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        plain: Any = self.lora_B[_ADAPTER]
+        self.lora_B[_ADAPTER] = _Up(plain.weight, self.scaling[_ADAPTER])
+
+    def forward(self, x: Tensor, *args: Any, **others: Any) -> Tensor:
+        """Map (…, in) to (…, out)."""
+        down, up = self.lora_A[_ADAPTER], self.lora_B[_ADAPTER]
+        if x.dtype != down.weight.dtype:  # factors in fp32 beside a backbone that is not
+            result: Tensor = super().forward(x, *args, **others)
+            return result
+        return up(down(self.lora_dropout[_ADAPTER](x)), self.base_layer(x))
+
+
 def attach_lora(llm: PreTrainedModel, config: LoraConfig) -> None:
     """Put fresh LoRA factors (A random, B zero, fp32) on all linear layers of the backbone."""
-    names = list(linear_layers(llm))
-    inject_adapter_in_model(
-        PeftLoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float is right, too
-            lora_dropout=config.dropout,
-            target_modules=names,
-            bias="none",
-        ),
-        llm,
-        adapter_name=_ADAPTER,
+    settings = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float is right, too
+        lora_dropout=config.dropout,
+        target_modules=list(linear_layers(llm)),
+        bias="none",
     )
+    settings._register_custom_module({nn.Linear: _LoraLinear})
+    inject_adapter_in_model(settings, llm, adapter_name=_ADAPTER)
     for parameter in lora_parameters(llm).values():
         parameter.data = parameter.data.float()
 

@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from mera_ds.batch import Batch, Features, Sample, pad_features
@@ -179,8 +178,8 @@ class MultimodalLM(nn.Module):
             if name == modality:
                 ready = features.to(self.device, dtype)
                 padded_BKD = connector(ready.values, ready.mask)
-                real_BK = connector.token_mask(ready.mask)
-                tokens = [row[real] for row, real in zip(padded_BKD, real_BK, strict=True)]
+                # The mask of stored features is on the host: nobody has to wait for the device.
+                tokens = _real_tokens(padded_BKD, connector.token_mask(features.mask))
             else:
                 zeros = torch.zeros(1, 1, connector.feature_dim, device=self.device, dtype=dtype)
                 seen = torch.ones(1, 1, dtype=torch.bool, device=self.device)
@@ -190,29 +189,37 @@ class MultimodalLM(nn.Module):
     def _lay_out(
         self, samples: Sequence[Sample], tokens: Sequence[Tensor], counted: Sequence[bool]
     ) -> Rows:
-        """Put prefix, media tokens, suffix and answer of each sample into one right-padded row."""
-        embed = self.llm.get_input_embeddings()
-        rows: list[Tensor] = []
+        """Put prefix, media tokens, suffix and answer of each sample into one right-padded row.
+
+        The device is not waited for.
+        """
+        lengths = [one.text_tokens + len(media) for one, media in zip(samples, tokens, strict=True)]
+        ids: list[int] = []
+        sizes: list[int] = []
         positions: list[tuple[int, int]] = []
         labels: list[int] = []
-        for number, (sample, tokens_KD) in enumerate(zip(samples, tokens, strict=True)):
+        for number, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+            self._check_length(length, sample)
             tail = (*sample.suffix_ids, *sample.answer_ids)
-            ids = torch.tensor((*sample.prefix_ids, *tail), device=self.device)
-            text_TD = embed(ids)
-            cut = len(sample.prefix_ids)
-            media_KD = tokens_KD.to(text_TD.dtype)
-            row = torch.cat([text_TD[:cut], media_KD, text_TD[cut:]])
-            self._check_length(len(row), sample)
-            rows.append(row)
+            ids += (*sample.prefix_ids, *tail)
+            sizes += (len(sample.prefix_ids), len(tail))
             if counted[number]:
                 if not sample.answer_ids:
                     raise DataError(f"{sample.id} has no token to learn from; it has no answer")
-                first = len(row) - len(sample.answer_ids)
-                positions += [(number, place - 1) for place in range(first, len(row))]
+                first = length - len(sample.answer_ids)
+                positions += [(number, place - 1) for place in range(first, length)]
                 labels += sample.answer_ids
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        padded_BTD = pad_sequence(rows, batch_first=True)
-        attention = torch.arange(padded_BTD.shape[1], device=self.device)[None] < lengths[:, None]
+        embed = self.llm.get_input_embeddings()
+        texts_TD = embed(torch.tensor(ids, dtype=torch.long, device=self.device))
+        texts = iter(texts_TD.split(sizes))
+        nothing_TD = texts_TD.new_zeros(max(lengths), texts_TD.shape[1])
+        pieces: list[Tensor] = []
+        for length, media_KD in zip(lengths, tokens, strict=True):
+            padding = nothing_TD[length:]
+            pieces += (next(texts), media_KD.to(texts_TD.dtype), next(texts), padding)
+        padded_BTD = torch.cat(pieces).view(len(samples), *nothing_TD.shape)
+        ends = torch.tensor(lengths, device=self.device)
+        attention = torch.arange(max(lengths), device=self.device)[None] < ends[:, None]
         return Rows(
             padded_BTD,
             attention.long(),
@@ -274,14 +281,10 @@ class MultimodalLM(nn.Module):
         """
         tokens, _ = self._connect(samples[0].modality, self.encode(samples))
         rows = self._lay_out(samples, tokens, [False] * len(samples))
-        lengths = rows.attention.sum(dim=1).tolist()
-        width = rows.attention.shape[1]
-        embeddings_BTD = torch.stack(
-            [
-                row.roll(width - length, dims=0)
-                for row, length in zip(rows.embeddings, lengths, strict=True)
-            ]
-        )
+        count, width = rows.attention.shape
+        numbers = torch.arange(max(count, width), device=self.device)
+        places_BT = (numbers[:width] + rows.attention.sum(dim=1, keepdim=True)) % width
+        embeddings_BTD = rows.embeddings[numbers[:count, None], places_BT]
         ends = {tokenizer.eos_token_id, *end_ids, *generation_ends(self.llm)}
         ids_BT = self._continue(
             embeddings_BTD, rows.attention.flip(1), max_new_tokens, ends, decode
@@ -311,3 +314,12 @@ class MultimodalLM(nn.Module):
             eos_token_id=sorted(ends),
             pad_token_id=min(ends),
         )
+
+
+def _real_tokens(padded_BKD: Tensor, real_BK: Tensor) -> list[Tensor]:
+    """Return each medium's real tokens (K_b, D)."""
+    counts = real_BK.sum(dim=1).tolist()
+    if min(counts) == real_BK.shape[1]:
+        return list(padded_BKD.unbind())
+    places = real_BK.flatten().nonzero().squeeze(1).to(padded_BKD.device)
+    return list(padded_BKD.flatten(0, 1).index_select(0, places).split(counts))

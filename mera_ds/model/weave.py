@@ -8,8 +8,9 @@ ordinary pair. Each token is shared out among them by a dense noisy gate:
     g = softmax(G x + ε ⊙ (softplus(N x) + 0.01))     ε ~ N(0, 1) while the gates train, 0 otherwise
 
 G and N (m, in) start at zero: equal gates, and noise of deviation ln 2 + 0.01. What trains is A_m,
-B_m, all F_j and f_j, G and N. An in-adapter goes on from the values of the stage before, if it is
-that old; gates are those of the stage. Softmax and noise are computed in fp32.
+B_m, all F_j and f_j, G and N; `lora.dropout` is on A_m's x alone. An in-adapter goes on from the
+values of the stage before, if it is that old; gates are those of the stage. Softmax and noise are
+computed in fp32.
 
 A weave file holds, per linear layer, `<layer>.inner` (m−1, r, r), `<layer>.inner_bias` (m−1, r) and
 `<layer>.gate` (2, m, in), which is G and N. The pairs are in the deltas of the lineage.
@@ -36,19 +37,23 @@ TRAINED = ("lora_A", "lora_B", "inner", "inner_bias", "gate")
 class WovenLinear(nn.Module):
     """A linear layer at the stage that trains its newest expert."""
 
-    def __init__(self, base: nn.Linear, olds: Sequence[Pair], scale: float) -> None:
+    def __init__(
+        self, base: nn.Linear, olds: Sequence[Pair], scale: float, dropout: float = 0.0
+    ) -> None:
         """Take over the old experts; the caller sets the values of what trains.
 
         Args:
             base: the frozen layer.
             olds: A_j (r, in) and s_j·B_j (out, r), in the order of the stages.
             scale: s_m.
+            dropout: of the newest pair's input, while it trains.
         """
         super().__init__()
         rank, device, dtype = len(olds[0][0]), base.weight.device, base.weight.dtype
         count, (width_out, width_in) = len(olds), base.weight.shape
         self.base = base
         self.scale = scale
+        self.dropout = dropout
         down = torch.cat([factor for factor, _ in olds]).to(device, dtype)
         up = torch.cat([factor for _, factor in olds], dim=1).to(device, dtype)
         self.down = nn.Parameter(down, requires_grad=False)
@@ -63,9 +68,7 @@ class WovenLinear(nn.Module):
         """Map (…, in) to (…, out)."""
         inputs = x.flatten(0, -2).to(self.lora_A.dtype)
         olds, rank, _ = self.inner.shape
-        # One product for all that trains of the way down, another for what is frozen.
-        trained = functional.linear(inputs, torch.cat([self.lora_A, self.gate.flatten(0, 1)]))
-        newest, scores = trained.split((rank, len(trained[0]) - rank), dim=-1)
+        newest, scores = self._trained_down(inputs)
         gates = self._gates(scores)
         known = functional.linear(inputs, self.down.to(inputs.dtype)).unflatten(-1, (olds, rank))
         inner = torch.einsum("tjr,jsr->tjs", known, self.inner) + self.inner_bias
@@ -76,6 +79,17 @@ class WovenLinear(nn.Module):
         rows = torch.addmm(rows, shared.to(rows.dtype), self.up.t().to(rows.dtype))
         rows = torch.addmm(rows, own.to(rows.dtype), self.lora_B.t().to(rows.dtype))
         return rows.view_as(result)
+
+    def _trained_down(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the products (T, r) of x with A_m and (T, 2 m) with G and N."""
+        gate = self.gate.flatten(0, 1)
+        if self.training and self.dropout > 0:
+            newest = functional.linear(functional.dropout(inputs, self.dropout), self.lora_A)
+            return newest, functional.linear(inputs, gate)
+        # One product for all that trains of the way down.
+        both = functional.linear(inputs, torch.cat([self.lora_A, gate]))
+        newest, scores = both.split((len(self.lora_A), len(gate)), dim=-1)
+        return newest, scores
 
     def _gates(self, scores: Tensor) -> Tensor:
         """Return g (T, m) for the products of x with G and N (T, 2 m)."""
@@ -133,7 +147,7 @@ def weave(
     Args:
         llm: the backbone, with nothing folded into it.
         olds: the pairs of the earlier stages.
-        config: rank, alpha of the fresh pair.
+        config: rank, alpha and dropout of the fresh pair.
         inner: first values of an in-adapter that `previous` does not have.
         previous: weave file of the stage before; empty at the second stage.
 
@@ -141,9 +155,8 @@ def weave(
         DataError: if the pairs or the file don't fit the backbone.
     """
     for name, layer in linear_layers(llm).items():
-        woven = WovenLinear(
-            layer, _pairs(name, layer, olds, config.rank), config.alpha / config.rank
-        )
+        pairs, scale = _pairs(name, layer, olds, config.rank), config.alpha / config.rank
+        woven = WovenLinear(layer, pairs, scale, config.dropout)
         nn.init.kaiming_uniform_(woven.lora_A, a=5**0.5)
         _set_inner(woven, inner, name, previous)
         llm.set_submodule(name, woven)

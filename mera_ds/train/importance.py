@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mera_ds.batch import Batch, Sample
 from mera_ds.checkpoint import is_finished, write_product
 from mera_ds.config import RunConfig
-from mera_ds.distributed import World, main_rank_first, process_group
+from mera_ds.distributed import World, main_rank_first, process_group, together
 from mera_ds.errors import NumericError
 from mera_ds.identity import base_sha256, product_key
 from mera_ds.log import logger
@@ -82,7 +82,8 @@ def _measure(
     units = [(part.reader, unit) for part in mixture.values() for unit in part.units]
     samples = (reader.read(unit) for reader, unit in units[world.rank :: world.size])
     scale = LARGEST_SCALE if config.backbone.dtype == "fp16" else 1.0
-    squares = squared_gradients(model, parameters, samples, scale)
+    with together():  # a damaged sample is one rank's
+        squares = squared_gradients(model, parameters, samples, scale)
     if world.size > 1:
         for name in sorted(squares):
             torch.distributed.all_reduce(squares[name])

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -96,6 +98,31 @@ class TestAttach:
         attach_lora(llm, LORA)
         assert {entry.dtype for entry in lora_parameters(llm).values()} == {torch.float32}
         assert llm.get_input_embeddings().weight.dtype == dtype
+
+    def test_loss_and_gradients_are_those_of_peft(self) -> None:
+        plain, found = tiny_llm(), tiny_llm()
+        names = list(linear_layers(plain))
+        settings = PeftLoraConfig(r=3, lora_alpha=5, target_modules=names, bias="none")
+        for llm in (plain, found):
+            torch.manual_seed(3)
+            if llm is plain:
+                inject_adapter_in_model(settings, plain, adapter_name="default")
+            else:
+                attach_lora(found, LORA)
+        expected, factors = lora_parameters(plain), lora_parameters(found)
+        assert list(factors) == list(expected)
+        assert all(torch.equal(factors[name], expected[name]) for name in expected)
+        results = []
+        for llm in (plain, found):
+            randomise(llm)
+            ids = torch.arange(20)[None]
+            llm(input_ids=ids, labels=ids).loss.backward()
+            results.append({name: p.grad for name, p in lora_parameters(llm).items()})
+        for name, gradient in results[0].items():
+            scale = float(gradient.abs().max())
+            torch.testing.assert_close(
+                results[1][name], gradient, rtol=0, atol=1e-6 * max(1.0, scale), msg=name
+            )
 
     def test_without_lora_there_are_no_factors(self) -> None:
         assert lora_parameters(tiny_llm()) == {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mera_ds.config import LoraConfig
@@ -90,6 +91,21 @@ def test_there_is_no_noise_where_the_gates_do_not_train() -> None:
     layer, x = woven_layer().train(), torch.randn(6, IN)
     layer.requires_grad_(False)
     close(layer(x), layer.eval()(x))
+
+
+def test_dropout_is_of_the_newest_pair_alone() -> None:
+    layer, x = woven_layer().train().requires_grad_(False), torch.randn(2000, IN)
+    plain = layer(x)
+    layer.dropout = 0.5
+    torch.manual_seed(7)
+    found = layer(x)
+    torch.manual_seed(7)
+    kept = functional.dropout(x, 0.5)
+    gates = (x @ layer.gate[0].T).softmax(dim=-1)[:, -1:]
+    change = gates * NEWEST * ((kept - x) @ layer.lora_A.T @ layer.lora_B.T)
+    close(found - plain, change)
+    assert float(change.abs().mean()) > 0.1
+    close(layer.eval()(x), plain)
 
 
 def test_stacked_for_inference_it_is_the_same_function() -> None:

@@ -113,7 +113,10 @@ class Connector(nn.Module):
         raise NotImplementedError
 
     def token_mask(self, mask: Tensor) -> Tensor:
-        """Return which of the K tokens are real (B, K), for a mask (B, N) of real features."""
+        """Return which of the K tokens are real (B, K), for a mask (B, N) of real features.
+
+        The mask may be on another device than the connector; the answer is where it is.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
