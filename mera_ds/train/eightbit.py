@@ -29,13 +29,13 @@ def adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opt
         InputError: if bitsandbytes is not installed or can't be loaded.
     """
     try:
-        import bitsandbytes
+        from bitsandbytes.optim.adamw import AdamW8bit
     except (ImportError, OSError, RuntimeError) as error:
         raise InputError(
             f"optimizer=adamw8bit needs bitsandbytes, which can't be loaded ({error}); install it "
             "with 'pip install bitsandbytes', or use optimizer=adamw"
         ) from None
-    return bitsandbytes.optim.AdamW8bit(groups, **settings)
+    return AdamW8bit(groups, **settings)
 
 
 def create_moments(optimizer: Any, tensors: Sequence[Tensor]) -> None:

@@ -101,7 +101,7 @@ def _train_row(task: Task, steps: list[list[list[Batch]]], world: World) -> Trai
             own = [micro[world.rank] for micro in step]
             losses.append(
                 sum(
-                    engine.backward(batch, tokens, place == len(own) - 1)
+                    float(engine.backward(batch, tokens, place == len(own) - 1))
                     for place, batch in enumerate(own)
                 )
             )
