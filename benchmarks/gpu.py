@@ -23,6 +23,8 @@ import torch
 from gpu_sections import SECTIONS, write_weights
 from gpu_tables import markdown
 
+from mera_ds.machine import commit
+
 MINUTES = 9.5
 
 
@@ -32,12 +34,6 @@ def device_name() -> str:
         return torch.cuda.get_device_name()
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return f"{found[1] if found else 'CPU'}, no GPU"
-
-
-def commit() -> str:
-    """Return the commit that is measured."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def measure(section: str, size: str, weights: Path, seconds: float) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import platform
 import resource
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from mera_ds.batch import Sample
 from mera_ds.data.dataset import MediaCache, ModalityData, UnitRef
 from mera_ds.data.loader import LoaderSettings, MixturePart, StepLoader
+from mera_ds.machine import commit
 from mera_ds.media import decode
 from mera_ds.shards.format import Text
 from mera_ds.shards.reader import ShardReader
@@ -359,11 +359,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
 def main() -> None:
     """Make the data, compare, write and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -382,7 +377,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
         f"{psutil.virtual_memory().total / 1e9:.0f} GB, torch {torch.__version__}, "
         f"webdataset {webdataset.__version__}",
-        "commit": _commit(),
+        "commit": commit(),
         "load": load,
         "repeats": arguments.repeats,
         "images": arguments.images,

@@ -23,6 +23,7 @@ from mera_ds.config import load_profile
 from mera_ds.distributed import ensure_launcher_variables, process_group
 from mera_ds.estimate.memory import Training, total, training_memory
 from mera_ds.estimate.shape import shape_of
+from mera_ds.machine import commit
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 RANK = 128
@@ -163,10 +164,8 @@ def main() -> None:
         row = {"case": asdict(case), "estimated": estimated, "measured": measured}
         rows.append({**row, "error": estimated / measured - 1})
         print(f"{case}: {estimated / 1e9:.3f} of {measured / 1e9:.3f} GB", flush=True)
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    result = {"machine": machine, "commit": commit or "unknown", "rows": rows}
+    result = {"machine": machine, "commit": commit(), "rows": rows}
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.out / "memory.md").write_text(table(result))

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mera_ds.machine import commit
 from mera_ds.merge.factors import LowRank, gram, total
 from mera_ds.merge.methods.opcm import project
 from mera_ds.merge.methods.slerp import interpolate
@@ -213,9 +213,7 @@ def main() -> None:
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit(),
     }
     previous = json.loads(RESULT.read_text())["methods"] if RESULT.exists() else {}
     RESULT.parent.mkdir(exist_ok=True)

@@ -9,7 +9,6 @@ one process; a ratio is the median over the turns of CPU seconds. Before, output
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mera_ds.config import LoraConfig
 from mera_ds.deltas import WeightedDelta
+from mera_ds.machine import commit
 from mera_ds.model.lora import attach_lora, fold_deltas, linear_layers, lora_parameters
 from mera_ds.model.weave import attach_woven, weave, woven_parameters
 from mera_ds.train.penalty import ANCHOR, IMPORTANCE, add_penalty_gradient, kept_as
@@ -48,7 +48,7 @@ def main() -> None:
     inference = _inference(arguments, config, deltas, inputs)
     results = {
         "hardware": _hardware(arguments.device),
-        "commit": _commit(),
+        "commit": commit(),
         "settings": {key: str(value) for key, value in vars(arguments).items() if key != "results"},
         "training step / plain LoRA": _ratios(training, "lora", arguments),
         "prefill / plain LoRA": _ratios(inference["prefill"], "lora", arguments),
@@ -227,13 +227,6 @@ def _hardware(device: str) -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
     return f"{name}, {torch.get_num_threads()} threads, no GPU"
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-    ).stdout.strip()
 
 
 def _markdown(results: Mapping[str, object]) -> str:

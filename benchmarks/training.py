@@ -16,7 +16,6 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -42,6 +41,7 @@ from benchmarks.training_problem import (  # noqa: E402
     write_backbone,
 )
 from mera_ds.config import ExecutionConfig  # noqa: E402
+from mera_ds.machine import commit  # noqa: E402
 from mera_ds.model.mllm import Layout  # noqa: E402
 from mera_ds.train.setup import prepare_environment  # noqa: E402
 
@@ -250,11 +250,6 @@ def table(result: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
 def main() -> None:
     """Compare, write and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -273,7 +268,7 @@ def main() -> None:
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
         f"{psutil.virtual_memory().total / 1e9:.0f} GB, no GPU used, torch {torch.__version__}",
-        "commit": _commit(),
+        "commit": commit(),
         "load": load,
         "small": arguments.small,
         "goals": goals(found),

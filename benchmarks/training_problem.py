@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from mera_ds.batch import Batch, Sample
 from mera_ds.config import ExecutionConfig, LoraConfig, PhaseConfig
 from mera_ds.data.loader import LoaderSettings, MixturePart, StepLoader
+from mera_ds.data.units import UnitList, UnitRef
 from mera_ds.distributed import World, ensure_launcher_variables, process_group
 from mera_ds.model.build import seed_everything
 from mera_ds.model.connectors import build_connector
@@ -25,6 +26,7 @@ from mera_ds.plan import LORA, connector_set
 from mera_ds.train.engine import Engine
 from mera_ds.train.loop import Phase, train_phase
 from mera_ds.train.state import Progress, save_checkpoint
+from mera_ds.train.watch import Watch
 
 MODALITY = "image"
 RATE = 1e-3
@@ -127,15 +129,16 @@ class Drawn:
         span = problem.longest - problem.shortest + 1
         return problem.shortest + int(np.random.default_rng(unit).integers(span))
 
-    def read(self, unit: int) -> Sample:
+    def read(self, unit: UnitRef) -> Sample:
         """Return a sample."""
-        problem, draw = self.problem, np.random.default_rng(unit)
-        medium = unit // problem.texts
-        length = self.length(unit)
+        problem, number = self.problem, unit.medium
+        draw = np.random.default_rng(number)
+        medium = number // problem.texts
+        length = self.length(number)
         ids = draw.integers(3, problem.vocabulary, length + problem.answer).tolist()
         generator = torch.Generator().manual_seed(medium)
         return Sample(
-            id=f"drawn/{medium}#{unit}",
+            id=f"drawn/{medium}#{number}",
             modality=MODALITY,
             prefix_ids=(1, 2),
             suffix_ids=tuple(ids[:length]),
@@ -179,8 +182,10 @@ def make_loader(problem: Problem, world: World, micro_batch: int | None = None) 
     """Return the loader of a problem."""
     drawn: Any = Drawn(problem)
     count = problem.units or problem.batch * problem.steps
-    units: Any = range(count)
-    lengths = np.array([drawn.length(unit) for unit in units]) if count < 10**4 else np.ones(count)
+    numbers = np.arange(count, dtype=np.uint32)
+    units = UnitList([numbers], np.zeros(count, np.uint16), numbers)
+    short = count < 10**4
+    lengths = np.array([drawn.length(unit) for unit in range(count)]) if short else np.ones(count)
     media = np.arange(count) // problem.texts
     part = MixturePart(drawn, units, lengths.astype(np.int64), _Names(count), media)
     settings = LoaderSettings(
@@ -269,11 +274,13 @@ def train_ours(folder: Path, work: Path, problem: Problem, how: Ours) -> dict[st
     log: Any = LossLog([])
     with process_group(world, 600), our_engine(folder, problem, how, world) as engine:
         loader = make_loader(problem, world, how.micro_batch)
-        train_phase(engine, loader, phase_of(problem, work), how.execution, world, log)
+        phase = phase_of(problem, work)
+        with Watch(phase.folder, world, 600) as watch:
+            train_phase(engine, loader, phase, how.execution, world, log, watch)
         loader.marks.take()
         cpu, wall = loader.marks.spent()
         before = time.perf_counter()
-        save_checkpoint(work / "phase", "key", Progress(problem.steps, 0), engine.state(), 1)
+        save_checkpoint(work / "phase", "key", Progress(problem.steps, 0), engine.state(), keep=1)
         return {
             "saving": time.perf_counter() - before,
             "cpu": cpu,
@@ -299,12 +306,13 @@ def first_step(folder: Path, work: Path, problem: Problem, start: int) -> dict[s
     with process_group(world, 600), our_engine(folder, problem, how, world) as engine:
         phase = phase_of(problem, work)
         if start:
-            save_checkpoint(phase.folder, "key", Progress(start, 0), engine.state(), 1)
+            save_checkpoint(phase.folder, "key", Progress(start, 0), engine.state(), keep=1)
         began, cpu = time.perf_counter(), time.process_time()
         loader = make_loader(problem, world)
         loader.most = 1
         with contextlib.suppress(Enough):
-            train_phase(engine, loader, phase, how.execution, world, log)
+            with Watch(phase.folder, world, 600) as watch:
+                train_phase(engine, loader, phase, how.execution, world, log, watch)
         return {"wall": time.perf_counter() - began, "cpu": time.process_time() - cpu}
 
 

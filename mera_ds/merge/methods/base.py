@@ -1,14 +1,14 @@
 """What the methods share."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from torch import Tensor
 
 from mera_ds.errors import InputError
 from mera_ds.merge.factors import LowRank
-from mera_ds.merge.updates import Coefficient, LayerMerge, Update
+from mera_ds.merge.updates import Coefficient, LayerMerge, Update, present
 
 ONLY_NEWEST = Fraction(0), Fraction(1)
 """Coefficients of the older deltas and of the newest, where it stands for all of them."""
@@ -27,6 +27,24 @@ def joint(updates: Sequence[Update], layer: str, merged: LowRank | Tensor) -> La
     """Let the newest delta stand for all of them."""
     older, newest = ONLY_NEWEST
     return LayerMerge(layer, (*[older] * (len(updates) - 1), newest), merged)
+
+
+def merge_dense(
+    updates: Sequence[Update],
+    layers: Sequence[str],
+    combine: Callable[[str, Sequence[int], Sequence[Tensor]], Tensor],
+) -> Iterator[LayerMerge]:
+    """Merge all deltas of each layer, as they were trained, by a rule for dense matrices.
+
+    Args:
+        updates: the lineage's.
+        layers: names of linear layers.
+        combine: gives τ of a layer, the stages and their deltas.
+    """
+    stages = [update.stage for update in updates]
+    for layer in layers:
+        deltas = [delta.dense().float() for delta in present(updates, layer, trained=True)]
+        yield joint(updates, layer, combine(layer, stages, deltas))
 
 
 def seed_of(*facts: object) -> int:

@@ -7,12 +7,13 @@ over the stages' own deltas, entry by entry: the result is dense.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mera_ds.merge.methods.base import joint
-from mera_ds.merge.updates import LayerMerge, Update, present
+from mera_ds.merge.methods.base import merge_dense
+from mera_ds.merge.updates import LayerMerge, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,7 @@ def merge(
     updates: Sequence[Update], layers: Sequence[str], options: Options
 ) -> Iterator[LayerMerge]:
     """Merge all deltas as they were trained; dense."""
-    stages = [update.stage for update in updates]
-    for layer in layers:
-        deltas = [delta.dense().float() for delta in present(updates, layer, trained=True)]
-        yield joint(updates, layer, combine(options, layer, stages, deltas))
+    return merge_dense(updates, layers, partial(combine, options))
 
 
 def combine(

@@ -9,12 +9,13 @@ signs) does not hold: RobustMerge (arXiv 2502.17159) finds it below the unmerged
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mera_ds.merge.methods.base import joint, require_share
-from mera_ds.merge.updates import LayerMerge, Update, present
+from mera_ds.merge.methods.base import merge_dense, require_share
+from mera_ds.merge.updates import LayerMerge, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,7 @@ def merge(
     updates: Sequence[Update], layers: Sequence[str], options: Options
 ) -> Iterator[LayerMerge]:
     """Merge all deltas as they were trained; dense."""
-    stages = [update.stage for update in updates]
-    for layer in layers:
-        deltas = [delta.dense().float() for delta in present(updates, layer, trained=True)]
-        yield joint(updates, layer, combine(options, layer, stages, deltas))
+    return merge_dense(updates, layers, partial(combine, options))
 
 
 def combine(
