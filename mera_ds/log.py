@@ -27,7 +27,7 @@ def set_up_console(rank: int = 0) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
-    for noisy in ("DeepSpeed", "transformers", "torch.distributed"):
+    for noisy in ("DeepSpeed", "bitsandbytes", "transformers", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

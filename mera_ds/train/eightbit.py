@@ -6,9 +6,10 @@ no other number of ranks; checkpoints hold the numbers. Where the blocks are the
 codes and scales, to the bit; otherwise each number is rounded once more, as at any step.
 """
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,13 +30,13 @@ def adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opt
         InputError: if bitsandbytes is not installed or can't be loaded.
     """
     try:
-        from bitsandbytes.optim.adamw import AdamW8bit
+        bitsandbytes: Any = importlib.import_module("bitsandbytes")  # it states no types
     except (ImportError, OSError, RuntimeError) as error:
         raise InputError(
             f"optimizer=adamw8bit needs bitsandbytes, which can't be loaded ({error}); install it "
             "with 'pip install bitsandbytes', or use optimizer=adamw"
         ) from None
-    return AdamW8bit(groups, **settings)
+    return cast(torch.optim.Optimizer, bitsandbytes.optim.AdamW8bit(groups, **settings))
 
 
 def create_moments(optimizer: Any, tensors: Sequence[Tensor]) -> None:
