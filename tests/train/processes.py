@@ -11,13 +11,17 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import count as count_up
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+_ports = count_up()
 
 GRACE_SECONDS = 10.0
 """How long the other ranks live on when one has failed, as under torchrun."""
@@ -72,7 +76,8 @@ class Ranks:
         """Send a signal to every rank that lives, or to one."""
         for place, process in enumerate(self._processes):
             if process.is_alive() and rank in (None, place):
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # it ends at this moment
+                    os.kill(process.pid, number)
 
     @property
     def alive(self) -> bool:
@@ -175,6 +180,9 @@ def _enter(
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a port that nobody listens at, below those that the system gives to connections."""
+    for number in _ports:
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", 10000 + (101 * os.getpid() + number) % 9000))
+            return int(listener.getsockname()[1])
+    raise AssertionError
