@@ -25,7 +25,6 @@ from mera_ds.files import (
     require_unlocked,
     sha256_file,
     sha256_json,
-    shared_folder,
     write_bytes,
     write_json,
 )
@@ -216,17 +215,6 @@ class TestSharedPlaces:
         assert {entry.name for entry in tmp_path.iterdir()} == {"notes.json", "notes.json.lock"}
         add_to_json(path, {"a0": 7})
         assert read_json(path)["a0"] == 7
-
-    def test_only_who_is_alone_cleans_up(self, tmp_path: Path) -> None:
-        left = tmp_path / f"a/x{TEMPORARY}-12"
-        left.mkdir(parents=True)
-        with shared_folder(tmp_path):
-            assert not left.exists()
-            left.mkdir()
-            assert python("with shared_folder(Path(sys.argv[1])): pass", tmp_path).wait() == 0
-            assert left.exists()
-        with shared_folder(tmp_path):
-            assert not left.exists()
 
 
 class TestFullDisk:

@@ -50,7 +50,8 @@ def _trained_files(step: TrainStep, manifest: Manifest) -> list[str]:
         return files
     if manifest.backbone is not None:
         return files + [entry.file for entry in manifest.backbone.files]
-    return [*files, manifest.lineage[-1].as_trained.file, *_weave(manifest)]
+    deltas = [entry.as_trained.file for entry in manifest.lineage[-1:]]
+    return [*files, *deltas, *_weave(manifest)]
 
 
 def _added_files(manifest: Manifest) -> list[str]:

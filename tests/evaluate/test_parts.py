@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from train.conftest import _process_server as _process_server
 from train.processes import Ranks, run_ranks
 
 from mera_ds.distributed import World

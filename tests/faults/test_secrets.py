@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from evaluate.test_judge import ChatServer, completion, failure
-from evaluate.test_judge import server as server
+from evaluate.chat_server import ChatServer, completion, failure
+from evaluate.conftest import server as server
 from train.processes import Ended, Ranks, train_command
 
 CANARY = "sk-canary-1f0e9d8c7b6a"
