@@ -29,6 +29,7 @@ from mera_ds.data.replay import replay_sample
 from mera_ds.deltas import WeightedDelta, add_products, weighted_deltas
 from mera_ds.distributed import World
 from mera_ds.evaluate.findings import Finding, StageModel
+from mera_ds.evaluate.loss import mean_loss, read_batches
 from mera_ds.features import open_data
 from mera_ds.log import logger
 from mera_ds.model.backbone import load_tokenizer
@@ -66,12 +67,12 @@ def diagnose(
         for place, old in enumerate(stages[:number], start=1):
             name = old.modality
             _set_connector(model, old.product, name)
-            loss, states = _loss(model, batches[name]), _states(model, batches[name])
+            loss, states = mean_loss(model, batches[name]), _states(model, batches[name])
             when, at_first = learnt.setdefault(name, (loss, states))
             newest = loss
             if _connector_sha256(stage.realigned, name) != _connector_sha256(old.product, name):
                 _set_connector(model, stage.realigned, name)
-                newest = _loss(model, batches[name])
+                newest = mean_loss(model, batches[name])
             findings.append(
                 Finding(
                     stage=number,
@@ -101,9 +102,7 @@ def _batches(
         units = data.units(TASKS)
         percent = min(100.0, 100 * samples / len(units))
         kept = replay_sample(data.ids(units), data.tasks(units), percent, config.seed)
-        ready = [reader.read(unit) for unit in units.take(kept)]
-        parts = [tuple(ready[start : start + size]) for start in range(0, len(ready), size)]
-        found[name] = [Batch(part, (True,) * len(part)) for part in parts]
+        found[name] = read_batches(reader, units.take(kept), size)
     return found
 
 
@@ -114,11 +113,6 @@ def _set_connector(model: MultimodalLM, product: Path, modality: str) -> None:
 
 def _connector_sha256(product: Path, modality: str) -> str:
     return read_manifest(product).connectors[modality].sha256
-
-
-def _loss(model: MultimodalLM, batches: Sequence[Batch]) -> float:
-    total = sum(float(model(batch)) for batch in batches)
-    return total / sum(batch.supervised_tokens for batch in batches)
 
 
 def _states(model: MultimodalLM, batches: Sequence[Batch]) -> Tensor:

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mera_ds.batch import Batch
 from mera_ds.checkpoint import load_connector
 from mera_ds.config import RunConfig, resolve_path
 from mera_ds.data.dataset import TRAIN, ModalityData, UnitRef
@@ -23,6 +22,7 @@ from mera_ds.data.replay import replay_sample
 from mera_ds.deltas import add_products
 from mera_ds.distributed import World
 from mera_ds.errors import InputError
+from mera_ds.evaluate.loss import mean_loss, read_batches
 from mera_ds.evaluate.pareto import Point
 from mera_ds.features import open_data
 from mera_ds.identity import base_sha256
@@ -86,10 +86,8 @@ def sweep(
     batches = {}
     for modality in modalities:
         data, reader = open_data(config, run, modality, TRAIN, encoders[modality], prompts, world)
-        ready = [reader.read(unit) for unit in validation_units(data, config, samples)]
-        size = config.execution.micro_batch_size
-        parts = [tuple(ready[start : start + size]) for start in range(0, len(ready), size)]
-        batches[modality] = [Batch(part, (True,) * len(part)) for part in parts]
+        units = validation_units(data, config, samples)
+        batches[modality] = read_batches(reader, units, config.execution.micro_batch_size)
     move_to(model, encoders, world.device)
     model.eval()
     base = {name: layer.weight.detach().cpu() for name, layer in linear_layers(model.llm).items()}
@@ -97,7 +95,7 @@ def sweep(
     points = []
     for candidate in candidates:
         _set_weights(model, base, _update(product, manifest, candidate))
-        losses = {name: _loss(model, batches[name]) for name in modalities}
+        losses = {name: mean_loss(model, batches[name]) for name in modalities}
         points.append(Point(candidate.name, candidate.arguments, losses))
         logger.info("%s: old %.4f, new %.4f", candidate.name, points[-1].old, points[-1].new)
     return points
@@ -142,9 +140,3 @@ def _set_weights(
             else:
                 weight = add_products(weight, found)
         layer.weight.copy_(weight)
-
-
-def _loss(model: MultimodalLM, batches: Sequence[Batch]) -> float:
-    """Return the mean loss per supervised token."""
-    total = sum(float(model(batch)) for batch in batches)
-    return total / sum(batch.supervised_tokens for batch in batches)
