@@ -278,14 +278,18 @@ def _cpu() -> float:
 
 
 def in_process(task: str, name: str, folder: Path, cold: bool = False) -> dict[str, float]:
-    """Measure in a fresh process, its files dropped from the page cache first if `cold`."""
-    if cold:
-        for path in folder.rglob("*"):
-            if path.is_file():
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(descriptor)
+    """Measure in a fresh process, its files dropped from the page cache first if `cold`.
+
+    Otherwise all were read from end to end before: how they came into the cache, page by page or
+    in large pieces, makes reading from it up to 1.5x faster.
+    """
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        while not cold and os.read(descriptor, 1 << 20):
+            pass
+        os.close(descriptor)
     with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
         return pool.submit(measure, task, name, folder).result()
 

@@ -13,6 +13,7 @@ import psutil
 from numpy.typing import NDArray
 
 from mera_ds.errors import DataError
+from mera_ds.shards.ahead import read_ahead
 from mera_ds.shards.cache import TarCache
 from mera_ds.shards.format import (
     BLOCK,
@@ -216,7 +217,7 @@ class ShardReader:
             os.close(descriptor)
             raise
         if self._ahead:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            read_ahead(descriptor, shard.bytes)
         return descriptor
 
     def _require_sound(self, path: Path, shard: ShardInfo, descriptor: int) -> None:
@@ -250,7 +251,7 @@ class ShardReader:
 
 
 def _spare_memory() -> int:
-    """Return how many bytes of tars the kernel may be asked to read ahead.
+    """Return how many bytes of tars may be read ahead.
 
     A set that fits in memory is read tar by tar, from one end to the other, however its samples
     are shuffled; of a larger one only what is asked for.
@@ -298,11 +299,14 @@ def _looks_sound(descriptor: int, path: Path, sample: SampleInfo) -> bool:
 
 def _read(descriptor: int, path: Path, name: str, offset: int, size: int) -> bytes:
     """Read a member; its header must stand in front of it, so that no offset can mislead."""
-    header = os.pread(descriptor, BLOCK, max(0, offset - BLOCK))
+    small = size <= BLOCK  # one read for both, where cutting them apart costs less than a second
+    start = max(0, offset - BLOCK)
+    header = os.pread(descriptor, BLOCK + size if small else BLOCK, start)
+    content = header[BLOCK:] if small else os.pread(descriptor, size, offset)
+    header = header[:BLOCK]
     is_header = header[:100].rstrip(b"\0") == name.encode() and header[124:135] == b"%011o" % size
     if offset < BLOCK or (len(header) == BLOCK and not is_header):
         raise DataError(f"{path}: {name} ({size} bytes) does not lie at {offset}; {REBUILD}")
-    content = os.pread(descriptor, size, offset)
     if len(content) != size:
         raise DataError(
             f"{path}: {len(content)} of {size} bytes could be read at {offset}; {REBUILD}"
