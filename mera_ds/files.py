@@ -214,7 +214,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder; the system releases it when the process dies.
 
     A program that is started with `close_fds=False` holds it, too: while it works on the folder,
-    nobody else may, even if this process was killed.
+    nobody else may, even if this process was killed. A forked helper (a loader process) doesn't.
 
     Raises:
         LockedError: at once, if another process holds it.
@@ -230,7 +230,23 @@ def folder_lock(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         os.set_inheritable(file.fileno(), True)
-        yield
+        _held.add(file)
+        try:
+            yield
+        finally:
+            _held.discard(file)
+
+
+_held: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def require_unlocked(folder: Path) -> None:

@@ -302,6 +302,21 @@ class TestLock:
         os.kill(worker, signal.SIGKILL)
         wait_for_the_lock(tmp_path)
 
+    def test_a_forked_helper_does_not_keep_it(self, tmp_path: Path) -> None:
+        code = "import multiprocessing, time\nwith folder_lock(Path(sys.argv[1])):\n"
+        code += "    fork = multiprocessing.get_context('fork')\n"
+        code += "    child = fork.Process(target=time.sleep, args=(60,))\n    child.start()\n"
+        code += "    print(child.pid, flush=True)\n    child.join()"
+        with python(code, tmp_path) as process:
+            assert process.stdout is not None
+            helper = int(process.stdout.readline())
+            with pytest.raises(LockedError), folder_lock(tmp_path):
+                pytest.fail("the process still works on the folder")
+            process.kill()
+            process.stdout.close()
+        wait_for_the_lock(tmp_path)
+        os.kill(helper, signal.SIGKILL)
+
     def test_it_is_released_at_the_end_and_after_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="inside"), folder_lock(tmp_path):
             raise ValueError("inside")
