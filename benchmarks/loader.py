@@ -323,7 +323,7 @@ def compare(folder: Path, repeats: int) -> dict[str, dict[str, dict[str, float]]
     found: dict[str, dict[str, dict[str, float]]] = {}
     for task, cold in tasks:
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in LOADERS}
-        for _ in range(repeats):
+        for _ in range(repeats + (4 if task == "read" else 0)):  # short
             for name, row in rows.items():
                 row.append(in_process(task, name, folder, cold))
         found[f"{task}{', cold' if cold else ''}"] = {n: best(row) for n, row in rows.items()}

@@ -3,7 +3,8 @@
     python benchmarks/methods.py
 
 Width 512 and rank 16 stand to each other as 4096 and 128. All variants are measured in turns in
-one process; a ratio is the median over the turns of CPU seconds. Before, outputs are compared.
+one process; a ratio is the median over the turns of CPU seconds, on one thread: several would count
+how they wait for each other. Before, outputs are compared.
 """
 
 import argparse
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = LoraConfig(rank=arguments.hidden // 32, alpha=float(arguments.hidden // 32))
     shape = (arguments.batch, arguments.tokens)

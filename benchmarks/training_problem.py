@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mera_ds.batch import Batch, Sample
-from mera_ds.config import ExecutionConfig, LoraConfig, PhaseConfig
+from mera_ds.config import ExecutionConfig, LoraConfig, PhaseConfig, Recomputation
 from mera_ds.data.loader import LoaderSettings, MixturePart, StepLoader
 from mera_ds.data.units import UnitList, UnitRef
 from mera_ds.distributed import World, ensure_launcher_variables, process_group
@@ -21,6 +21,7 @@ from mera_ds.model.build import seed_everything
 from mera_ds.model.connectors import build_connector
 from mera_ds.model.lora import attach_lora
 from mera_ds.model.mllm import Layout, MultimodalLM
+from mera_ds.model.recompute import set_recomputation
 from mera_ds.model.trainable import set_trainable
 from mera_ds.plan import LORA, connector_set
 from mera_ds.train.engine import Engine
@@ -213,7 +214,7 @@ class _Names(list[str]):
 class Ours:
     """How mera-ds trains a problem."""
 
-    checkpointing: bool = False
+    recomputation: Recomputation = False
     layout: Layout = field(default_factory=Layout)
     micro_batch: int = 16
 
@@ -226,7 +227,8 @@ class Ours:
 @contextmanager
 def our_engine(folder: Path, problem: Problem, how: Ours, world: World) -> Iterator[Engine]:
     """Hold the model under the engine."""
-    llm = load_llm(folder, how.checkpointing)
+    llm = load_llm(folder, checkpointing=False)
+    set_recomputation(llm, how.recomputation)
     seed_everything("lora")
     attach_lora(llm, lora_config(problem))
     connectors = {MODALITY: make_connector(problem)}

@@ -86,7 +86,8 @@ _UNITS = {"caption": "CIDEr × 100", "qa": "Accuracy (0 to 1)"}
 def gains_figure(sections: Sequence[Section]) -> Picture:
     """Draw Backward (left) and Forward (right) Relative Gain by stage, averaged over orders.
 
-    A hollow marker is a mean over some of the runs only: the others have no value there.
+    A hollow marker is a mean over some of the runs only: the others have no value there. Bars are
+    the sample standard deviation over orders, or over seeds where there is one order.
     """
     looks = _looks(sections)
     partial = False
@@ -98,7 +99,9 @@ def gains_figure(sections: Sequence[Section]) -> Picture:
             for section in sections:
                 rows = section.gains(gain) if section.experts else []
                 for label, progress in {row.label: row.progress for row in rows}.items():
-                    partial |= _line(axes, progress.stages, looks[section.profile, label])
+                    look = looks[section.profile, label]
+                    partial |= _line(axes, progress.stages, look)
+                    _spreads(axes, progress.stages, look)
             _number_stages(axes, max(len(order) for s in sections for order in s.orders))
             axes.set_xlabel("Stage")
             axes.set_title(f"{gain.capitalize()} Relative Gain", loc="left")
