@@ -18,7 +18,7 @@ def test_it_writes_its_figures(tmp_path: Path) -> None:
     (path,) = (tmp_path / "out").glob("training-*.json")
     result = json.loads(path.read_text(encoding="utf-8"))
     figures = result["figures"]
-    assert len(result["goals"]) == 15
+    assert len(result["goals"]) == 17
     assert figures["V 4096"]["ours"]["losses"] == pytest.approx(figures["V 4096"]["HF"]["losses"])
     assert figures["loader"]["decoded"]["decoded"] == 16
     assert figures["loader"]["cached"]["decoded"] == 0
