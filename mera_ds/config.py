@@ -216,6 +216,8 @@ class ExecutionConfig:
     zero: Literal[0, 1, 2, 3] = 1
     ds_config: str | None = None
     """DeepSpeed JSON with engine settings (offload, buckets); default `ds_configs/zero<n>.json`."""
+    nvme_folder: str | None = None
+    """Where a `ds_config` that offloads to NVMe writes: a folder on each node's own disk."""
     launcher: Literal["inline", "torchrun", "deepspeed"] = "inline"
     """How `mera-ds run` starts a training step; `inline`: in its own process."""
     processes: int = 1

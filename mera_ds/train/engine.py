@@ -87,7 +87,7 @@ class Engine:
             for name, entry in self._named.items()
             if dtype != "fp32" and entry.dtype == torch.float32
         }
-        self._engine = initialize(model, sets, phase, execution, dtype)
+        self._engine = initialize(model, sets, phase, execution, dtype, held=held is not None)
         self._held = held
         self._groups = list(sets)
         self._create_moments()
@@ -124,16 +124,28 @@ class Engine:
         if self._eight_bit:
             eightbit.create_moments(self._optimizer, self._masters())
             return
-        for master in self._masters():
-            self._optimizer.state[master] = {
-                "step": torch.tensor(0.0),
-                **{key: torch.zeros_like(master, dtype=torch.float32) for key in MOMENTS},
-            }
+        for number, master in enumerate(self._masters()):
+            with self._in_memory(number):
+                self._optimizer.state[master] = {
+                    "step": torch.tensor(0.0),
+                    **{key: torch.zeros_like(master, dtype=torch.float32) for key in MOMENTS},
+                }
         if self._held is not None:
             for master in self._masters_of(self._held.group):
                 for key, kept in kept_as(self._dtype).items():
                     self._optimizer.state[master][key] = torch.zeros_like(master, dtype=kept)
         self._link_moments()
+
+    @contextmanager
+    def _in_memory(self, number: int) -> Iterator[None]:
+        """While the block works, hold a master in memory that is offloaded to a disk."""
+        optimizer = self._engine.optimizer
+        on_disk = self._zero == 3 and optimizer._swappable_optimizer_subgroup(number)
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+        yield
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
 
     def _link_moments(self) -> None:
         if self._zero in (1, 2):

@@ -13,6 +13,7 @@ from mera_ds.errors import InputError
 from mera_ds.files import read_json
 from mera_ds.model.mllm import MultimodalLM
 from mera_ds.train import eightbit
+from mera_ds.train.offload import on_disk, require_disk_support, with_folder
 
 
 def initialize(
@@ -21,8 +22,18 @@ def initialize(
     phase: PhaseConfig,
     execution: ExecutionConfig,
     dtype: Dtype,
+    *,
+    held: bool = False,
 ) -> Any:
     """Return a model's DeepSpeed engine, with an optimizer whose groups are named as the sets.
+
+    Args:
+        model: what trains.
+        sets: its trainable sets, by name.
+        phase: hyperparameters.
+        execution: how it is executed.
+        dtype: of the backbone.
+        held: whether EWC's anchor and importance will lie beside Adam's moments.
 
     Raises:
         InputError: if this machine can't train so.
@@ -30,6 +41,7 @@ def initialize(
     prepare_environment()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if dtype == "fp16" and not get_accelerator().is_fp16_supported():
         raise InputError(
@@ -37,12 +49,17 @@ def initialize(
         )
     # The rates are set at every step.
     groups = [{"params": list(entry.values()), "name": name} for name, entry in sets.items()]
-    kind = eightbit.adamw_8bit if phase.optimizer == "adamw8bit" else torch.optim.AdamW
+    eight_bit = phase.optimizer == "adamw8bit"
+    kind = eightbit.adamw_8bit if eight_bit else torch.optim.AdamW
     optimizer = kind(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=phase.weight_decay)
+    config = engine_config(execution, dtype, phase.max_grad_norm)
+    other_state = "tune.optimizer=adamw8bit" if eight_bit else "method=ewc" if held else None
+    if on_disk(config):
+        require_disk_support(config, dtype, other_state, AsyncIOBuilder().is_compatible())
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config=engine_config(execution, dtype, phase.max_grad_norm),
+        config=config,
         dist_init_required=False,
     )
     return engine
@@ -52,7 +69,8 @@ def engine_config(execution: ExecutionConfig, dtype: Dtype, clip: float) -> dict
     """Return DeepSpeed's configuration: the JSON file plus what only the run knows.
 
     Raises:
-        InputError: if the file sets what the run's configuration decides.
+        InputError: if the file sets what the run's configuration decides, or is for another ZeRO
+            stage, or `execution.nvme_folder` doesn't fit it.
     """
     path = Path(execution.ds_config or REPOSITORY / "ds_configs" / f"zero{execution.zero}.json")
     settings = read_json(path)
@@ -71,7 +89,7 @@ def engine_config(execution: ExecutionConfig, dtype: Dtype, clip: float) -> dict
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage != execution.zero:
         raise InputError(f"{path} is for ZeRO {stage}, but execution.zero is {execution.zero}")
-    return {**settings, **ours}
+    return {**with_folder(settings, execution.nvme_folder, path), **ours}
 
 
 def prepare_environment() -> None:
