@@ -3,8 +3,10 @@
 The same script runs under `torchrun`, `deepspeed` and plain `python`; the last is a world of one.
 """
 
+import itertools
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,3 +131,40 @@ def main_rank_first(world: World) -> Iterator[bool]:
     """
     with together():
         yield world.is_main
+
+
+_alone = itertools.count()
+
+
+@contextmanager
+def main_rank_alone(world: World) -> Iterator[bool]:
+    """As `main_rank_first`, for work that may take longer than the group's timeout.
+
+    The others wait at the group's store, as long as rank 0 lives.
+
+    Raises:
+        RankError: on the others, if rank 0 ends within the block.
+    """
+    with together():
+        number = next(_alone)  # the same on all ranks: each passes all of these blocks
+        if not torch.distributed.is_initialized() or world.size == 1:
+            yield world.is_main
+            return
+        store: Any = torch.distributed.distributed_c10d._get_default_store()
+        key = f"mera-ds/alone/{number}"
+        if world.is_main:
+            try:
+                yield True
+            finally:
+                store.set(key, "done")
+        else:
+            yield False
+            _wait_for(store, key)
+
+
+def _wait_for(store: Any, key: str) -> None:
+    try:
+        while not store.check([key]):
+            time.sleep(0.1)
+    except RuntimeError as error:
+        raise RankError(f"rank 0 ended while the others waited for it ({error})") from None

@@ -15,7 +15,7 @@ from mera_ds.checkpoint import Manifest, read_manifest
 from mera_ds.config import RunConfig, resolve_path
 from mera_ds.data.dataset import TEST
 from mera_ds.data.prompts import PromptBuilder
-from mera_ds.distributed import World, main_rank_first, share
+from mera_ds.distributed import World, main_rank_alone, main_rank_first, share
 from mera_ds.evaluate.generate import Speaker, questions
 from mera_ds.evaluate.items import test_items, test_tasks
 from mera_ds.evaluate.parts import Generated, cut_into_parts, predict_in_parts
@@ -87,7 +87,7 @@ def run_evaluate_step(run: Path, config: RunConfig, step: EvaluateStep, world: W
         return
     with Metrics(run, enabled=world.is_main) as metrics:
         tests = _generate(run, config, step, world, metrics)
-        with main_rank_first(world) as mine:
+        with main_rank_alone(world) as mine:  # a judge may take hours
             if mine:
                 _score(run, config, step, tests, metrics)
 
