@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mera_ds.cli import diagnose, features, judging, lineage, runs, shards, study, sweep
+from mera_ds.cli import blind, diagnose, features, judging, lineage, runs, shards, study, sweep
 from mera_ds.cli.doctor import doctor
 from mera_ds.cli.launch import DEFAULT_RUN
 from mera_ds.config import profile_names
@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_command(commands)
     study.add_command(commands)
     diagnose.add_command(commands)
+    blind.add_command(commands)
     judging.add_command(commands)
     pocket = commands.add_parser("pocket", help="weights of the profile 'pocket'")
     kinds = pocket.add_subparsers(required=True, metavar="COMMAND")

@@ -15,6 +15,8 @@ from mera_ds.files import read_json, write_bytes
 SCORES = "scores.json"
 PER_ITEM = "per_item.json"
 """What each test item scored, for confidence intervals."""
+WITHOUT_MEDIA = "without-media.json"
+"""File of a run: what the bare backbone scores on each test without media."""
 
 
 @dataclass(frozen=True)

@@ -181,24 +181,26 @@ def _measure(gain: Callable[[ScoreTable, int], float], table: ScoreTable, stage:
 
 def expert_warnings(
     experts: Mapping[tuple[str, str], float],
-    majority: Mapping[tuple[str, str], float],
+    floors: Mapping[str, Mapping[tuple[str, str], float]],
     tables: Sequence[ScoreTable],
 ) -> list[str]:
     """Say which experts are a poor upper bound, so that gains over them mislead.
 
     Args:
         experts: their scores, by (modality, task).
-        majority: share of the most frequent answer, by (modality, task).
+        floors: what can be scored without knowing the modality, by what it is and by (modality,
+            task).
         tables: the runs compared with these experts.
     """
     warnings = []
     for (modality, task), expert in experts.items():
-        share = majority.get((modality, task))
-        if share is not None and expert <= share:
-            warnings.append(
-                f"The expert of {modality}/{task} ({expert:.3f}) is not above the majority class "
-                f"({share:.3f}): gains on this task say nothing about {modality}."
-            )
+        for name, values in floors.items():
+            floor = values.get((modality, task))
+            if floor is not None and expert <= floor:
+                warnings.append(
+                    f"The expert of {modality}/{task} ({expert:.3f}) is not above {name} "
+                    f"({floor:.3f}): gains on this task say nothing about {modality}."
+                )
         stronger = [
             (score, f"{table.name}, stage {key[0]}")
             for table in tables

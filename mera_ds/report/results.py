@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from mera_ds.config import RunConfig, load_config
 from mera_ds.errors import DataError, InputError
+from mera_ds.evaluate.predictions import WITHOUT_MEDIA
+from mera_ds.files import read_json
 from mera_ds.settings import dump, parse
 
 EXPERT = "expert"
@@ -70,6 +72,8 @@ class Run:
     config: RunConfig
     scores: Mapping[tuple[int, str, str], Score]
     """By (stage, modality, task); stages count from 1."""
+    without_media: Sequence[Mapping[str, Any]] = ()
+    """What the bare backbone scores without media, if that was measured: a row per test."""
 
     @property
     def last_stage(self) -> int:
@@ -124,7 +128,9 @@ def _read_run(folder: Path) -> Run:
                     "the results belong to another run"
                 )
         scores[score.stage, score.modality, score.task] = score
-    return Run(folder, config, scores)
+    floor = folder / WITHOUT_MEDIA
+    rows = read_json(floor)["rows"] if floor.exists() else ()
+    return Run(folder, config, scores, rows)
 
 
 def read_score(line: str, where: str) -> Score:

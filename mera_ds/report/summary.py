@@ -125,6 +125,18 @@ class Section:
         shares = [row.majority for row in self.rows(column) if row.majority is not None]
         return shares[-1] if shares else None
 
+    def without_media(self, column: Column) -> float | None:
+        """Return what the bare backbone scores without media, measured as the runs were."""
+        known = [row.yardstick for row in self.rows(column)]
+        found = [
+            float(row["score"])
+            for run in self.runs
+            for row in run.without_media
+            if (row["modality"], row["task"]) == column
+            if any(all(row.get(key, y[key]) == y[key] for key in y) for y in known)
+        ]
+        return found[-1] if found else None
+
     def expert(self, column: Column) -> Mean:
         """Return the mean score of the experts."""
         return _mean_score([_expert_score(run, column) for run in self.experts])
@@ -160,12 +172,18 @@ class Section:
                 )
         bounds = {column: self.expert(column).value for column in self.all_columns}
         experts = {column: score for column, score in bounds.items() if score is not None}
-        shares = {column: self.majority(column) for column in self.all_columns}
-        majority = {column: share for column, share in shares.items() if share is not None}
+        tests = {
+            "the majority class": self.majority,
+            "the backbone without media": self.without_media,
+        }
+        floors = {
+            name: {column: value for column in bounds if (value := floor(column)) is not None}
+            for name, floor in tests.items()
+        }
         tables = [table for group in self.groups for table in group.tables]
         return [
             *found,
-            *expert_warnings(experts, majority, tables),
+            *expert_warnings(experts, floors, tables),
             *self._unequal_runs(),
             *_first_stages(tables),
         ]

@@ -90,6 +90,13 @@ def _scores_table(section: Section, order: tuple[str, ...]) -> Table:
     shares = [section.majority(column) for column in columns]
     majority = ["- " if share is None else f"{share:.3f} " for share in shares]
     rows.append(("Majority class", "", "", *majority))
+    floors = [section.without_media(column) for column in columns]
+    if any(floor is not None for floor in floors):
+        cells = [
+            "- " if floor is None else _score_cell(Mean(floor, 1, 1), task)
+            for floor, (_, task) in zip(floors, columns, strict=True)
+        ]
+        rows.append(("Backbone, no media", "", "", *cells))
     if section.experts:
         cells = [_score_cell(section.expert(column), column[1]) for column in columns]
         rows.append(("Expert", "", str(len(section.experts)), *cells))
@@ -261,6 +268,9 @@ def _score_values(section: Section, intervals: Intervals) -> Iterator[dict[str, 
         }
         if share is not None:
             yield {**common, "table": "majority", "value": share}
+        floor = section.without_media(column)
+        if floor is not None:
+            yield {**common, "table": "without media", "value": floor}
         if section.experts:
             yield {**common, "table": "expert", **_mean_values(section.expert(column))}
         for group in section.groups:

@@ -222,9 +222,14 @@ def test_average_gives_the_spread_of_what_it_averages() -> None:
 
 def test_weak_experts_are_named() -> None:
     table = small_table(experts={("image", "qa"): 0.4, ("video", "qa"): 0.8})
-    majority = {("image", "qa"): 0.1, ("video", "qa"): 0.8}
-    weaker, not_above = expert_warnings(table.experts, majority, [table])
+    floors = {
+        "the majority class": {("image", "qa"): 0.1, ("video", "qa"): 0.8},
+        "the backbone without media": {("video", "qa"): 0.9},
+    }
+    weaker, majority, blind = expert_warnings(table.experts, floors, [table])
     assert "image/qa (0.4) is weaker than 1 model(s)" in weaker
-    assert "video/qa (0.800) is not above the majority class" in not_above
-    assert expert_warnings(table.experts, majority, []) == [not_above]
-    assert expert_warnings({("image", "qa"): 0.5}, {("image", "qa"): 0.1}, [table]) == []
+    assert "video/qa (0.800) is not above the majority class (0.800)" in majority
+    assert "video/qa (0.800) is not above the backbone without media (0.900)" in blind
+    assert expert_warnings(table.experts, floors, []) == [majority, blind]
+    high = {("image", "qa"): 0.5}
+    assert expert_warnings(high, {"the majority class": {("image", "qa"): 0.1}}, [table]) == []
