@@ -92,6 +92,7 @@ def test_no_command_in_the_text_is_untested() -> None:
     elsewhere = (  # in test_shards.py, test_features.py, tests/{shards,methods,evaluate}
         "mera-ds study benchmarks/study.yaml",
         "mera-ds diagnose RUN",
+        "mera-ds without-media RUN",
         "mera-ds shards features --run RUN",
         "torchrun --nproc-per-node 2 --no-python mera-ds shards features --run-folder RUN",
         "mera-ds shards lint --run RUN",
