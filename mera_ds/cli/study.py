@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class Grid:
     """What a study compares."""
 
     profile: str
+    """A shipped one by name, or a file by its path, relative to the grid's file."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of all runs, by dotted key."""
     orders: Mapping[str, tuple[str, ...]]
@@ -74,9 +76,9 @@ def study(arguments: argparse.Namespace) -> None:
 
     Raises:
         InputError: if the grid is wrong, or a run exists that was made otherwise.
-        MeraError: behind the last run, if one failed; the others are finished.
+        MeraError: behind the last run, if any failed; the others are finished.
     """
-    grid = parse(Grid, read_yaml(arguments.grid), str(arguments.grid))
+    grid = read_grid(arguments.grid)
     found = cells(grid, arguments.order, arguments.seed)
     execution = [text for text in arguments.overrides if text.startswith("execution.")]
     fixed = [text for text in arguments.overrides if text not in execution]
@@ -95,6 +97,18 @@ def study(arguments: argparse.Namespace) -> None:
     print(f"next: mera-ds report {arguments.out}/* --out {arguments.out}/report")
 
 
+def read_grid(path: Path) -> Grid:
+    """Read a grid's file.
+
+    Raises:
+        InputError: if it is missing or wrong.
+    """
+    grid = parse(Grid, read_yaml(path), str(path))
+    if Path(grid.profile).suffix not in (".yaml", ".yml"):
+        return grid
+    return dataclasses.replace(grid, profile=str(path.parent / grid.profile))
+
+
 def cells(grid: Grid, order: str | None = None, seed: int | None = None) -> list[Cell]:
     """Return the runs of a grid: for each seed and order all its lines, in the order of the file.
 
@@ -104,13 +118,13 @@ def cells(grid: Grid, order: str | None = None, seed: int | None = None) -> list
         seed: only this one.
 
     Raises:
-        InputError: if the grid does not have that order or seed.
+        InputError: if the grid does not have that order or seed, or no line has it.
     """
     if order is not None:
         require_known(order, grid.orders, "--order")
     if seed is not None and seed not in grid.seeds:
         raise InputError(f"--seed {seed}: the grid has {', '.join(map(str, grid.seeds))}")
-    return [
+    found = [
         Cell(f"{name}-{place}-s{number}", _overrides(grid, line, place, number))
         for number in grid.seeds
         for place in grid.orders
@@ -118,6 +132,12 @@ def cells(grid: Grid, order: str | None = None, seed: int | None = None) -> list
         if order in (None, place) and seed in (None, number)
         if place in (line.orders or grid.orders)
     ]
+    if not found:
+        raise InputError("there is nothing to run: no line of the grid has that order and seed")
+    name, count = Counter(cell.name for cell in found).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{count} runs of the grid would be called {name}; rename a line")
+    return found
 
 
 def _overrides(grid: Grid, line: GridRun, order: str, seed: int) -> tuple[str, ...]:
@@ -149,7 +169,7 @@ def _computed(config: RunConfig) -> dict[str, Any]:
 
 
 def _carry_out(folders: Sequence[Path], execution: Sequence[str]) -> None:
-    """Carry out runs one after another; one that fails does not stop the others."""
+    """Carry out runs one after another; one that fails, however, does not stop the others."""
     from mera_ds.distributed import ensure_launcher_variables, process_group
     from mera_ds.sequence import open_run, run_plans
 
@@ -166,5 +186,11 @@ def _carry_out(folders: Sequence[Path], execution: Sequence[str]) -> None:
             except MeraError as error:
                 failed.append(f"{run.folder}: {error}")
                 logger.error("%s", failed[-1])
+            except Exception as error:  # noqa: BLE001 - the other runs do not depend on this one
+                failed.append(f"{run.folder}: {type(error).__name__}: {error}")
+                logger.exception("%s", failed[-1])
     if failed:
-        raise MeraError(f"{len(failed)} of {len(runs)} runs failed; first {failed[0]}")
+        lines = "".join(f"\n  {line}" for line in failed)
+        raise MeraError(
+            f"{len(failed)} of {len(runs)} runs failed; the same command tries them again:{lines}"
+        )

@@ -1,0 +1,101 @@
+"""`mera-ds study`: what a grid says, and what happens to the others when a run fails."""
+
+from pathlib import Path
+
+import pytest
+
+from mera_ds.cli.study import Grid, GridRun, cells, read_grid
+from mera_ds.config import load_profile
+from mera_ds.errors import InputError
+
+from .commands import run
+
+PLUGIN = """
+from mera_ds.model.connectors.mlp import MlpConnector
+from mera_ds.plugin import register_connector
+
+class Broken(MlpConnector):
+    def forward(self, values, mask):
+        raise ZeroDivisionError("in a plugin")
+
+register_connector("broken", Broken)
+"""
+PROFILE = """
+base: tiny
+plugins: [broken.py]
+order: [image]
+align: {max_steps: 1}
+tune: {max_steps: 1}
+evaluate: {limit: 2, max_new_tokens: 2}
+"""
+GRID = """
+profile: profile.yaml
+orders: {short: [image]}
+seeds: [0]
+runs:
+  broken: {method: expert, settings: {modalities.image.connector.kind: broken}}
+  sound: {method: expert}
+"""
+MERGE = GridRun(method="merge")
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    folder = tmp_path / "grids"
+    folder.mkdir()
+    for name, text in (("broken.py", PLUGIN), ("profile.yaml", PROFILE), ("grid.yaml", GRID)):
+        (folder / name).write_text(text)
+    return folder / "grid.yaml"
+
+
+@pytest.mark.slow
+def test_an_unforeseen_error_of_one_run_does_not_stop_the_others(
+    grid: Path, tmp_path: Path
+) -> None:
+    """The command is given elsewhere than in the grid's folder, where its profile lies."""
+    ended = run("mera-ds study grids/grid.yaml --out runs", tmp_path)
+    assert ended.status == 2
+    assert "error: 1 of 2 runs failed" in ended.errors
+    assert "runs/broken-short-s0: ZeroDivisionError: in a plugin" in ended.errors
+    assert 'raise ZeroDivisionError("in a plugin")' in ended.errors
+    assert (tmp_path / "runs/sound-short-s0/results.jsonl").exists()
+    assert not (tmp_path / "runs/broken-short-s0/results.jsonl").exists()
+
+
+def test_a_profile_file_lies_beside_the_grid(grid: Path) -> None:
+    assert load_profile(read_grid(grid).profile).align.max_steps == 1
+    grid.write_text(GRID.replace("profile.yaml", "pocket"))
+    assert read_grid(grid).profile == "pocket"
+
+
+def test_every_line_in_every_order_with_every_seed() -> None:
+    lines = {"one": MERGE, "two": GridRun(method="mera", orders=("back",))}
+    found = Grid(
+        profile="tiny", orders={"on": ("image",), "back": ("audio",)}, seeds=(0, 1), runs=lines
+    )
+    names = ["one-on-s0", "one-back-s0", "two-back-s0", "one-on-s1", "one-back-s1", "two-back-s1"]
+    assert [cell.name for cell in cells(found)] == names
+    assert [cell.name for cell in cells(found, "back", 1)] == names[-2:]
+
+
+def test_a_grid_of_nothing() -> None:
+    line = GridRun(method="merge", orders=("on",))
+    found = Grid(
+        profile="tiny",
+        orders={"on": ("image",), "back": ("audio",)},
+        seeds=(0,),
+        runs={"one": line},
+    )
+    with pytest.raises(InputError, match="nothing to run: no line of the grid has that order"):
+        cells(found, "back")
+
+
+def test_two_runs_of_one_name() -> None:
+    found = Grid(
+        profile="tiny",
+        orders={"b-c": ("image",), "c": ("audio",)},
+        seeds=(0,),
+        runs={"a": MERGE, "a-b": MERGE},
+    )
+    with pytest.raises(InputError, match="2 runs of the grid would be called a-b-c-s0"):
+        cells(found)
