@@ -336,14 +336,15 @@ def _launcher_command(launcher: str, processes: int) -> list[str]:
 
 def cost(run: Run, step: Step) -> float:
     """Return a step's share of the work, in backbone passes over samples; sets the time left."""
-    if isinstance(step, MergeStep | FisherStep):
+    if isinstance(step, MergeStep):
         return 0.0
     if isinstance(step, EvaluateStep):
         return 300.0 * len(step.modalities)
-    settings = run.config.phase(step.phase)
-    steps = settings.max_steps or 1000
-    passes = 3.0 if step.phase == "tune" else 2.0
-    return passes * steps * settings.batch_size
+    phase = "tune" if isinstance(step, FisherStep) else step.phase
+    settings = run.config.phase(phase)
+    samples = (settings.max_steps or 1000) * settings.batch_size
+    share = sum(part.percent for part in step.data) / 100 if isinstance(step, FisherStep) else 1.0
+    return (3.0 if phase == "tune" else 2.0) * samples * share
 
 
 class _Clock:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mera_ds.log import PROCESSES
 from mera_ds.manifest import MANIFEST, read_manifest
-from mera_ds.plan import TrainStep, load_plan
+from mera_ds.plan import FisherStep, TrainStep, load_plan
 from mera_ds.report.results import Run
 
 
@@ -20,9 +20,10 @@ class Cost:
     """What one run took; None: not recorded."""
 
     train_hours: float | None
-    """All training steps together, by the clock, times the ranks; repeated steps count once."""
+    """All training steps together, by the clock, times the ranks; repeated steps count once. With
+    the measuring of Fisher information, unless the run is from before that was recorded."""
     train_memory_gb: float | None
-    """Largest of the training steps, on one rank: GPU memory, or resident memory on a CPU."""
+    """Largest of these, on one rank: GPU memory, or resident memory on a CPU."""
     generate_seconds: float | None
     """Per generated text, times the ranks."""
     token_milliseconds: float | None
@@ -89,12 +90,15 @@ def _cost(run: Run, own: _Log, logs: Sequence[_Log]) -> Cost:
     memory: list[float] = []
     machines: list[str] = []
     for step in steps:
-        if not isinstance(step, TrainStep):
+        if not isinstance(step, TrainStep | FisherStep):
             continue
         log = _where(step, own, logs)
         rows = log.rows.get(step.name, []) if log else []
         process = log.process(rows[-1]) if log and rows else {}
-        seconds.append(_seconds(rows) * process.get("ranks", 1) if len(rows) > 1 else None)
+        if isinstance(step, FisherStep):
+            seconds += [rows[-1]["seconds"] * process.get("ranks", 1)] if rows else []
+        else:
+            seconds.append(_seconds(rows) * process.get("ranks", 1) if len(rows) > 1 else None)
         memory += [row["memory_gb"] for row in rows]
         machines += [process["hardware"]] if process else []
     known = [entry for entry in seconds if entry is not None]
@@ -121,7 +125,7 @@ def _per(
     return unit * spent / number if number else None
 
 
-def _where(step: TrainStep, own: _Log, logs: Sequence[_Log]) -> _Log | None:
+def _where(step: TrainStep | FisherStep, own: _Log, logs: Sequence[_Log]) -> _Log | None:
     """Return the log of the run that made a step's product."""
     if step.name in own.rows:
         return own

@@ -156,8 +156,9 @@ def _overheads(section: Section, costs: Mapping[Path, Cost]) -> Table:
         "has beside base and encoders, which is its connectors, and deltas and gates if they are "
         "woven; other deltas fold into the base.",
         "GB (1e9 bytes): largest of all steps on one rank, GPU memory or on a CPU resident memory. "
-        "Hours: all training steps, clock time times ranks, mean over runs; steps taken over from "
-        "another run count as if done again. n/a: not recorded.",
+        "Hours: all training steps and measurements of Fisher information, clock time times ranks, "
+        "mean over runs; steps taken over from another run count as if done again. n/a: not "
+        "recorded.",
         f"Generation: in batches of {batches} texts, with the encoding of media and prompts; for "
         "the latency at batch 1, evaluate with evaluate.batch_size=1.",
         f"Hardware: {'; '.join(machines) or 'not recorded'}.",

@@ -6,6 +6,7 @@ One sample at a time goes forward and backward through the finished model of a s
 share the samples. A pass is short (1 % of the samples, once), so one that is stopped starts anew.
 """
 
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from mera_ds.config import RunConfig
 from mera_ds.distributed import World, main_rank_first, process_group, together
 from mera_ds.errors import NumericError
 from mera_ds.identity import base_sha256, product_key
-from mera_ds.log import logger
-from mera_ds.model.build import build_encoders, build_model, move_to
+from mera_ds.log import Metrics, logger
+from mera_ds.model.build import build_encoders, build_model, memory_gb, move_to
 from mera_ds.model.mllm import MultimodalLM
 from mera_ds.model.trainable import set_trainable
 from mera_ds.plan import LORA, FisherStep, Plan
@@ -51,7 +52,11 @@ def run_fisher_step(
         if is_finished(run / step.output, key):
             logger.info("%s is finished", step.name)
             return
+        started = time.monotonic()
         found, count = _measure(run, config, step, world)
+        figures = {"samples": count, "seconds": time.monotonic() - started}
+        with Metrics(run, world.is_main) as metrics:
+            metrics.write(step.name, step.stage, {**figures, "memory_gb": memory_gb()})
         if step.previous is not None:
             found = accumulate(load_importance(run / step.previous), found, step.decay)
         with main_rank_first(world) as mine:

@@ -114,6 +114,12 @@ class TestEwc:
         assert any(bool((second[name] > first[name]).any()) for name in first)
         assert all(bool((entry >= 0).all()) for entry in first.values())
 
+    def test_what_measuring_takes_is_recorded(self, runs: Mapping[str, Path]) -> None:
+        lines = (runs["ewc"] / "metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if row["name"].endswith("/fisher")]
+        assert [row["name"] for row in rows] == ["02-pointcloud/fisher", "03-video/fisher"]
+        assert all(row["samples"] > 0 and row["seconds"] > 0 for row in rows)
+
     def test_two_launched_ranks_measure_the_same(
         self, place: Path, runs: Mapping[str, Path]
     ) -> None:

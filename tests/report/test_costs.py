@@ -11,7 +11,7 @@ from mera_ds.config import RunConfig
 from mera_ds.files import write_json
 from mera_ds.manifest import SCHEMA
 from mera_ds.methods.steps import learn
-from mera_ds.plan import Plan, save_plan
+from mera_ds.plan import DataPart, FisherStep, Plan, load_plan, save_plan
 from mera_ds.report.costs import Cost, run_costs
 from mera_ds.report.results import read_runs
 
@@ -82,3 +82,28 @@ def test_a_step_done_again_after_a_kill_counts_once(runs: list[Path]) -> None:
 def test_what_is_not_recorded_is_not_guessed(runs: list[Path]) -> None:
     (runs[0] / "metrics.jsonl").unlink()
     assert costs(runs)[0] == Cost(None, None, None, None, (), None, ())
+
+
+def test_measuring_importance_counts_where_it_was_recorded(
+    runs: list[Path], config: RunConfig
+) -> None:
+    one, _ = costs(runs)
+    plan = load_plan(runs[0] / "plan.json")
+    fisher = FisherStep(
+        name="02-video/fisher",
+        stage=2,
+        modality="video",
+        start=plan.steps[-1].output,
+        data=(DataPart(modality="image", percent=1.0),),
+        previous=None,
+        decay=1.0,
+        output="stages/02-video/fisher",
+    )
+    save_plan(Plan(method="ewc", steps=(*plan.steps, fisher)), runs[0] / "plan.json")
+    assert costs(runs)[0] == one
+    for seconds in (3.0, 5.0):  # the first time its process was killed behind it
+        row = {"name": fisher.name, "step": 2, "time": 240.0, "seconds": seconds}
+        log(runs[0], "metrics.jsonl", [{**row, "samples": 10, "memory_gb": 7.0}])
+    found, _ = costs(runs)
+    assert found.train_hours == pytest.approx(2 * (30 + 40 + 5) / 3600)
+    assert found.train_memory_gb == 7.0
