@@ -188,7 +188,7 @@ def _line(axes: Axes, means: Sequence[Mean], look: _Look) -> bool:
 
 
 def _spreads(axes: Axes, means: Sequence[Mean], look: _Look) -> None:
-    """Draw the standard deviation over runs (seeds) as bars, where there are several."""
+    """Draw the standard deviation of what was averaged (seeds, orders) as bars, if it is known."""
     for stage, mean in enumerate(means, start=1):
         if mean.value is not None and mean.spread is not None:
             axes.errorbar(stage, mean.value, mean.spread, color=look[2], linewidth=0.6, capsize=1.5)

@@ -43,7 +43,7 @@ class Score:
     score: float
     """`cider`: CIDEr x 100; `accuracy`: 0 to 1."""
     count: int
-    """Test items."""
+    """Test items that were scored."""
     missing: int
     """Items without a prediction or a judgement."""
     majority: float | None
@@ -60,8 +60,9 @@ class Score:
     @property
     def yardstick(self) -> dict[str, object]:
         """Return everything that two scores must share to be comparable."""
-        names = ("dataset", "split", "metric", "count", "judge", "tokenizer", "references_sha256")
-        return {name: getattr(self, name) for name in names}
+        names = ("dataset", "split", "metric", "judge", "tokenizer", "references_sha256")
+        items = self.count + self.missing  # a few missing judgements make no other test of it
+        return {**{name: getattr(self, name) for name in names}, "test items": items}
 
 
 @dataclass(frozen=True)

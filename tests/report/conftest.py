@@ -130,6 +130,7 @@ def make_run(
                         "majority": None if caption else 0.125,
                         "judge": None if caption else judge,
                         "tokenizer": "ptb-python" if caption else None,
+                        "count": row["count"] - missing,
                         "missing": missing,
                     }
                     lines.append(json.dumps(line) + "\n")

@@ -194,6 +194,14 @@ def test_missing_judgements_are_a_warning(make_run: MakeRun, tmp_path: Path) -> 
     assert "Warning: image/caption: 12 prediction(s) or judgement(s) are missing" in report.text
 
 
+def test_a_few_missing_judgements_leave_the_gains(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("experts", "expert"), make_run("mera", "mera", missing=3)]
+    report = write_report(runs, tmp_path / "out")
+    gains = table_of(report.text, "Backward Relative Gain by")
+    assert "n/a" not in line_of(gains, "MERA(10%)")
+    assert "was scored in different ways" not in report.text
+
+
 def test_the_same_seed_twice_is_a_warning(make_run: MakeRun, tmp_path: Path) -> None:
     (section,) = summarise(read_runs([make_run("a", "mera"), make_run("b", "mera")]))
     assert section.warnings() == ["MERA(10%): 2 runs, but only 1 different seed(s)."]
