@@ -128,13 +128,15 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 def weight_drift(model: MultimodalLM, old: Path, new: Path) -> tuple[float, ...]:
     """Return ‖W_new − W_old‖ / ‖W_new‖ of each block's linear layers.
 
+    Nothing where the backbones don't differ by deltas that add up: woven or fully tuned ones.
+
     Args:
         model: with the new backbone.
         old: product of the old one.
         new: product of the new one.
     """
     manifests = read_manifest(old), read_manifest(new)
-    if any(manifest.weave is not None for manifest in manifests):
+    if any(entry.weave is not None or entry.backbone is not None for entry in manifests):
         return ()
     deltas = _difference(zip((old, new), manifests, (-1.0, 1.0), strict=True))
     names = {id(layer): name for name, layer in linear_layers(model.llm).items()}

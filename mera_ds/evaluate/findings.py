@@ -28,7 +28,7 @@ class Finding:
     when_learnt: float
     """(c)"""
     weight_drift: tuple[float, ...]
-    """Per block: ‖W_i − W_j‖ / ‖W_i‖ over its linear layers; empty: its adapters are woven."""
+    """Per block: ‖W_i − W_j‖ / ‖W_i‖ over its linear layers; empty: not known by deltas."""
     cosines: tuple[float, ...]
     """Per block: mean cosine of hidden states with those of (c)."""
 

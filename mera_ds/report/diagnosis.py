@@ -33,7 +33,7 @@ def diagnosis_table(findings: Sequence[Finding], title: str) -> Table:
             f"{entry.old_connector - entry.when_learnt:+.3f}",
             f"{entry.misalignment:+.3f}",
             f"{entry.forgetting:+.3f}",
-            f"{100 * _mean(entry.weight_drift):.2f} %" if entry.weight_drift else "woven",
+            f"{100 * _mean(entry.weight_drift):.2f} %" if entry.weight_drift else "n/a",
             f"{_mean(entry.cosines):.3f}",
         )
         for entry in findings

@@ -99,6 +99,18 @@ def test_the_merged_weights_are_what_is_used(finished: Path) -> None:
         assert torch.equal(tensor, torch.from_numpy(merged[name])), name
 
 
+def test_its_diagnosis_says_nothing_of_deltas_that_it_does_not_have(
+    finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "diagnosis"
+    assert main(["diagnose", str(finished), "--samples", "2", "--out", str(out)]) == 0
+    findings = read_json(out / "diagnosis.json")["findings"]
+    assert {entry["stage"] for entry in findings} == {1, 2, 3}
+    for entry in findings:
+        assert entry["weight_drift"] == []
+        assert len(entry["cosines"]) == 4
+
+
 def test_an_export_holds_the_merged_weights(finished: Path, tmp_path: Path) -> None:
     assert main(["lineage", "export", str(finished), "--out", str(tmp_path / "out")]) == 0
     exported = load_file(tmp_path / "out/model.safetensors")
