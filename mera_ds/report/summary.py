@@ -128,13 +128,12 @@ class Section:
     def without_media(self, column: Column) -> float | None:
         """Return what the bare backbone scores without media, measured as the runs were."""
         known = [row.yardstick for row in self.rows(column)]
-        found = [
-            float(row["score"])
-            for run in self.runs
-            for row in run.without_media
-            if (row["modality"], row["task"]) == column
-            if any(all(row.get(key, y[key]) == y[key] for key in y) for y in known)
-        ]
+        found = []
+        for row in (row for run in self.runs for row in run.without_media):
+            measured = {**row, "test items": row["count"] + row["missing"]}
+            same = any(all(measured.get(key, y[key]) == y[key] for key in y) for y in known)
+            if same and (row["modality"], row["task"]) == column:
+                found.append(float(row["score"]))
         return found[-1] if found else None
 
     def expert(self, column: Column) -> Mean:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mera_ds.evaluate.predictions import WITHOUT_MEDIA
 from mera_ds.report import write_report
 from mera_ds.report.render import WIDTH, Table, to_text
 from mera_ds.report.results import read_runs
@@ -200,6 +202,25 @@ def test_a_few_missing_judgements_leave_the_gains(make_run: MakeRun, tmp_path: P
     gains = table_of(report.text, "Backward Relative Gain by")
     assert "n/a" not in line_of(gains, "MERA(10%)")
     assert "was scored in different ways" not in report.text
+
+
+@pytest.mark.parametrize("judge", ["offline-exact", "offline-containment"])
+def test_the_backbone_without_media_is_a_row_if_it_was_measured_the_same(
+    judge: str, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run("experts", "expert")
+    scores = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    rows = [{**row, "score": 0.875, "judge": judge} for row in scores if row["task"] == "qa"]
+    (run / WITHOUT_MEDIA).write_text(json.dumps({"schema": 1, "rows": rows}))
+    report = write_report([run], tmp_path / "out")
+    floor = "pointcloud/qa (0.568) is not above the backbone without media (0.875)"
+    shown = judge == "offline-exact"
+    assert ("Backbone, no media" in report.text) == shown
+    assert (floor in " ".join(report.text.split())) == shown
+    values = read_csv(tmp_path / "out/tables.csv")
+    assert [row["value"] for row in values if row["table"] == "without media"] == ["0.875"] * (
+        4 if shown else 0
+    )
 
 
 def test_the_same_seed_twice_is_a_warning(make_run: MakeRun, tmp_path: Path) -> None:
