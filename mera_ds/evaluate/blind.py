@@ -14,11 +14,10 @@ from mera_ds.config import RunConfig, resolve_path
 from mera_ds.data.dataset import TEST, ModalityData, UnitReader
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World, main_rank_alone, main_rank_first, share
-from mera_ds.evaluate.generate import Speaker, questions
-from mera_ds.evaluate.items import test_items, test_tasks
-from mera_ds.evaluate.parts import cut_into_parts, predict_in_parts
+from mera_ds.evaluate.generate import predict_test
+from mera_ds.evaluate.items import test_tasks
 from mera_ds.evaluate.predictions import WITHOUT_MEDIA, load_predictions
-from mera_ds.evaluate.score import score_captions, score_questions
+from mera_ds.evaluate.score import score_test
 from mera_ds.files import sha256_json, write_json
 from mera_ds.identity import base_sha256, data_folders
 from mera_ds.log import logger
@@ -83,23 +82,19 @@ def _score_modality(
     prompts = PromptBuilder(config.prompt, tokenizer)
     entry = config.modalities[modality]
     reader = UnitReader(data, entry, prompts, lambda unit: torch.zeros(1, 1), encoded=True)
-    settings = config.evaluate
     rows: list[dict[str, Any]] = []
     for dataset, task in test_tasks(data):
-        items = test_items(data, dataset, task, settings.limit)
         file = _folder(run, config, data) / f"{dataset}-{task}.jsonl"
         if not share(file.exists()):
-            parts = cut_into_parts([len(item.question) for item in items], settings.batch_size)
-            say = Speaker(
-                *(model, tokenizer, reader, items, settings.max_new_tokens, prompts.end_ids),
-                decode=config.execution.decode,
+            predict_test(
+                *(file, config, model, tokenizer, prompts.end_ids, reader, data),
+                *((dataset, task), world),
             )
-            predict_in_parts(file, questions(data, items), parts, say, world)
         figures: dict[str, Any] = {}
         with main_rank_alone(world) as mine:
             if mine:
-                score = score_captions if task == "caption" else score_questions
-                figures = dict(score(load_predictions(file), settings).figures)
+                scored = score_test(task, load_predictions(file), config.evaluate)
+                figures = dict(scored.figures)
         rows.append({"modality": modality, "task": task, "dataset": dataset, **share(figures)})
         logger.info("%s-%s without media: %.4g", dataset, task, rows[-1]["score"])
     return rows

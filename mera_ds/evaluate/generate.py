@@ -2,11 +2,14 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mera_ds.config import Decode
+from mera_ds.config import Decode, RunConfig
 from mera_ds.data.dataset import ModalityData, UnitReader
-from mera_ds.evaluate.items import Item
+from mera_ds.distributed import World
+from mera_ds.evaluate.items import Item, test_items
+from mera_ds.evaluate.parts import Generated, cut_into_parts, predict_in_parts
 from mera_ds.evaluate.predictions import Prediction
 from mera_ds.model.mllm import MultimodalLM
 
@@ -41,3 +44,25 @@ class Speaker:
         return self.model.generate(
             batch, self.max_new_tokens, self.tokenizer, self.end_ids, self.decode
         )
+
+
+def predict_test(
+    file: Path,
+    config: RunConfig,
+    model: MultimodalLM,
+    tokenizer: Any,
+    end_ids: Collection[int],
+    reader: UnitReader,
+    data: ModalityData,
+    test: tuple[str, str],
+    world: World,
+) -> Generated:
+    """Write what a model says about a test, given as dataset and task. Every rank must call it."""
+    settings = config.evaluate
+    items = test_items(data, *test, settings.limit)
+    parts = cut_into_parts([len(item.question) for item in items], settings.batch_size)
+    say = Speaker(
+        *(model, tokenizer, reader, items, settings.max_new_tokens, end_ids),
+        decode=config.execution.decode,
+    )
+    return predict_in_parts(file, questions(data, items), parts, say, world)

@@ -33,6 +33,8 @@ class Generated:
     """Of all ranks, without those that an earlier call had stored."""
     seconds: float
     """That this rank spent on it."""
+    items: int
+    """Of the whole task."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def predict_in_parts(
                 known |= of_rank
             _join(path, parts, known)
             shutil.rmtree(folder, ignore_errors=True)
-    return Generated(tuple(text for of_rank in texts for text in of_rank), seconds)
+    return Generated(tuple(text for of_rank in texts for text in of_rank), seconds, len(asked))
 
 
 def _generate(part: Part, asked: Sequence[Prediction], say: Say) -> list[Prediction]:

@@ -16,9 +16,9 @@ from mera_ds.config import RunConfig, resolve_path
 from mera_ds.data.dataset import TEST
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World, main_rank_alone, main_rank_first, share
-from mera_ds.evaluate.generate import Speaker, questions
-from mera_ds.evaluate.items import test_items, test_tasks
-from mera_ds.evaluate.parts import Generated, cut_into_parts, predict_in_parts
+from mera_ds.evaluate.generate import predict_test
+from mera_ds.evaluate.items import test_tasks
+from mera_ds.evaluate.parts import Generated
 from mera_ds.evaluate.predictions import (
     PER_ITEM,
     SCORES,
@@ -26,7 +26,7 @@ from mera_ds.evaluate.predictions import (
     load_predictions,
     predictions_name,
 )
-from mera_ds.evaluate.score import score_captions, score_questions
+from mera_ds.evaluate.score import score_test
 from mera_ds.features import open_data
 from mera_ds.files import read_json, sha256_json, write_bytes, write_json
 from mera_ds.identity import data_folders
@@ -116,7 +116,6 @@ def _generate(
     tokenizer = load_tokenizer(resolve_path(config.backbone.path, run))
     prompts = PromptBuilder(config.prompt, tokenizer)
     folder = predictions_folder(run, config, step)
-    settings = config.evaluate
     model = None
     tests = []
     for modality in step.modalities:
@@ -131,18 +130,14 @@ def _generate(
                 model = build_model(config, run, run / step.start, step.modalities, encoders)
                 move_to(model, encoders, world.device)
                 model.eval()
-            items = test_items(data, dataset, task, settings.limit)
-            lengths = [len(item.question) for item in items]
-            parts = cut_into_parts(lengths, settings.batch_size)
-            say = Speaker(
-                *(model, tokenizer, reader, items, settings.max_new_tokens, prompts.end_ids),
-                decode=config.execution.decode,
+            generated = predict_test(
+                *(file, config, model, tokenizer, prompts.end_ids, reader, data),
+                *((dataset, task), world),
             )
-            generated = predict_in_parts(file, questions(data, items), parts, say, world)
             if generated.texts:
-                figures = _figures(generated, tokenizer, settings.batch_size)
+                figures = _figures(generated, tokenizer, config.evaluate.batch_size)
                 metrics.write(f"generate/{test.name}", step.stage, figures)
-            logger.info("%s: %d predictions", test.name, len(items))
+            logger.info("%s: %d predictions", test.name, generated.items)
     return tests
 
 
@@ -167,8 +162,7 @@ def _score(
     rows, per_item = [], {}
     for test in tests:
         predictions = load_predictions(test.file)
-        score = score_captions if test.task == "caption" else score_questions
-        scored = score(predictions, config.evaluate)
+        scored = score_test(test.task, predictions, config.evaluate)
         rows.append(_row(config, run, step, manifest, test, scored.figures, predictions))
         per_item[f"{test.modality}/{test.task}"] = scored.per_item
         _log(step, rows[-1], predictions, metrics)

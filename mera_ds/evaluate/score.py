@@ -23,6 +23,11 @@ class Scored:
     """What each item scored; their mean is the score. None: missing."""
 
 
+def score_test(task: str, predictions: Sequence[Prediction], config: EvaluateConfig) -> Scored:
+    """Score captions by CIDEr and answers by the judge."""
+    return (score_captions if task == "caption" else score_questions)(predictions, config)
+
+
 def score_captions(predictions: Sequence[Prediction], config: EvaluateConfig) -> Scored:
     """Return CIDEr × 100 and how it was computed."""
     result = cider(

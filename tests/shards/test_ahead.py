@@ -48,20 +48,20 @@ def test_a_file_whose_middle_is_in_memory_is_left_alone(cold: int) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def test_tiny_files(tmp_path: Path, size: int) -> None:
+def test_tiny_files_are_read_as_before(tmp_path: Path, size: int) -> None:
     path = tmp_path / "tiny"
     path.write_bytes(b"x" * size)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        read_ahead(descriptor, size)
-    finally:
-        os.close(descriptor)
+    with path.open("rb") as file:
+        read_ahead(file.fileno(), size)
+        assert file.read() == b"x" * size
 
 
 def test_what_cannot_be_read_is_left_to_its_reader() -> None:
     out, into = os.pipe()
     try:
+        os.write(into, b"kept")
         read_ahead(out, STRETCH)
+        assert os.read(out, 10) == b"kept"
     finally:
         os.close(out)
         os.close(into)
