@@ -27,7 +27,7 @@ def listing(folder: Path) -> dict[str, str]:
         and not WITH_TIMES.intersection(path.relative_to(folder).parts)
         and not path.name.endswith(".lock")
     }
-    rows = {f"{row['name']} {row['step']}": row.get("loss") for row in _steps(folder)}
+    rows = {f"{row['name']} {row['step']}": row["loss"] for row in _steps(folder)}
     found["the losses"] = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     return found
 
@@ -50,10 +50,11 @@ def repeated_steps(folder: Path) -> int:
 
 
 def _steps(folder: Path) -> list[dict[str, float]]:
+    """Return the rows of optimizer steps; scores and times of generation have no loss."""
     path = folder / "run/metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     rows = [json.loads(line) for line in lines]
-    return [row for row in rows if not row["name"].startswith("evaluate/")]
+    return [row for row in rows if "loss" in row]
 
 
 def unreadable(folder: Path) -> list[str]:
