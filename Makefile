@@ -4,7 +4,7 @@
 #   make test    all tests
 #   make check   lint, types and the fast tests
 
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
 RUNS ?= runs/demo
 BIN = $(VENV)/bin

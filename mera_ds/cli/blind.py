@@ -1,6 +1,7 @@
 """The command `mera-ds without-media`: what the bare backbone scores from the questions alone."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from mera_ds.cli.launch import DEFAULT_RUN
@@ -30,12 +31,12 @@ def without_media(arguments: argparse.Namespace) -> None:
     from mera_ds.evaluate.blind import score_without_media
     from mera_ds.sequence import open_run
 
-    set_up_console()
-    run = open_run(arguments.run, arguments.overrides)
     world = ensure_launcher_variables()
-    with (
-        folder_lock(run.folder),
-        process_group(world, run.config.execution.timeout_seconds),
-    ):
+    set_up_console(world.rank)
+    run = open_run(arguments.run, arguments.overrides)
+    # Ranks on all nodes see the folder; one of them holds it.
+    lock = folder_lock(run.folder) if world.is_main else contextlib.nullcontext()
+    with lock, process_group(world, run.config.execution.timeout_seconds):
         score_without_media(run.folder, run.config, world)
-    print(f"scores: {run.folder / WITHOUT_MEDIA}; `mera-ds report` shows them beside the runs'")
+    if world.is_main:
+        print(f"scores: {run.folder / WITHOUT_MEDIA}; `mera-ds report` shows them beside the runs'")

@@ -22,7 +22,7 @@ class GridRun:
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """By dotted key, beside those of the whole grid."""
+    """By dotted key or nested, beside those of the whole grid."""
     orders: tuple[str, ...] = ()
     """Names of the orders that it is carried out in; empty: all."""
 
@@ -34,7 +34,7 @@ class Grid:
     profile: str
     """A shipped one by name, or a file by its path, relative to the grid's file."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of all runs, by dotted key."""
+    """Of all runs, by dotted key or nested."""
     orders: Mapping[str, tuple[str, ...]]
     """Orders of modalities, by name."""
     seeds: tuple[int, ...]
@@ -67,7 +67,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--order", help="only this order of the grid")
     parser.add_argument("--seed", type=int, help="only this seed of the grid")
-    parser.add_argument("--dry", action="store_true", help="print the runs and make nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and make nothing")
     parser.set_defaults(command=study, overrides=())
 
 
@@ -86,7 +86,7 @@ def study(arguments: argparse.Namespace) -> None:
     for cell in found:
         _require_same(arguments.out / cell.name, configs[cell.name])
         print(f"{arguments.out / cell.name}: {' '.join((*cell.overrides, *fixed))}")
-    if arguments.dry:
+    if arguments.dry_run:
         return
     set_up_console()
     for cell in found:
@@ -141,7 +141,7 @@ def cells(grid: Grid, order: str | None = None, seed: int | None = None) -> list
 
 
 def _overrides(grid: Grid, line: GridRun, order: str, seed: int) -> tuple[str, ...]:
-    settings = {**grid.settings, **line.settings}
+    settings = {**_dotted(grid.settings), **_dotted(line.settings)}
     modalities = ", ".join(grid.orders[order])
     return (
         f"method={line.method}",
@@ -149,6 +149,17 @@ def _overrides(grid: Grid, line: GridRun, order: str, seed: int) -> tuple[str, .
         f"seed={seed}",
         *(f"{key}={json.dumps(value)}" for key, value in settings.items()),
     )
+
+
+def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted key, so that a line changes only what it names."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= _dotted(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _require_same(folder: Path, wanted: RunConfig) -> None:

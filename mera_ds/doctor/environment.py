@@ -101,5 +101,5 @@ def _key(config: RunConfig | None) -> Fact:
         return Fact("OPENAI_API_KEY", "set" if there else "not set, and not needed")
     if there:
         return Fact("OPENAI_API_KEY", "set")
-    remedy = "not set: export it for the judge, or take evaluate.judge=offline-containment"
+    remedy = "not set: export it for the judge, or init with evaluate.judge=offline-containment"
     return Fact("OPENAI_API_KEY", remedy, fine=False)

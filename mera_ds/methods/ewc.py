@@ -11,8 +11,8 @@ penalised: those of older modalities do not change, and a new one has no past.
 """
 
 from mera_ds.config import RunConfig
-from mera_ds.methods.steps import Method, learn, step_name
-from mera_ds.plan import DataPart, FisherStep, Penalty, Step, stage_folder
+from mera_ds.methods.steps import Method, fisher_folder, learn, measure_fisher
+from mera_ds.plan import DataPart, Penalty, Step
 
 
 def _write_stage(config: RunConfig, stage: int, previous: str | None, output: str) -> list[Step]:
@@ -20,23 +20,17 @@ def _write_stage(config: RunConfig, stage: int, previous: str | None, output: st
     modality = config.order[stage - 1]
     if previous is None:
         return [*learn(config, stage, modality, previous, output)]
-    fisher = FisherStep(
-        name=step_name(stage, modality, "fisher"),
-        stage=stage,
-        modality=modality,
-        start=previous,
-        data=(DataPart(modality=config.order[stage - 2], percent=config.ewc.percent),),
-        previous=_importance(config, stage - 1) if stage > 2 else None,
+    fisher = measure_fisher(
+        config,
+        stage,
+        previous,
+        DataPart(modality=config.order[stage - 2], percent=config.ewc.percent),
+        previous=fisher_folder(config, stage - 1) if stage > 2 else None,
         decay=config.ewc.decay,
-        output=_importance(config, stage),
     )
     penalty = Penalty(source=fisher.output, strength=config.ewc.strength)
     learned = learn(config, stage, modality, previous, output, adapter="carried", penalty=penalty)
     return [fisher, *learned]
-
-
-def _importance(config: RunConfig, stage: int) -> str:
-    return f"{stage_folder(stage, config.order[stage - 1])}/fisher"
 
 
 METHOD = Method(_write_stage, product="tuned")

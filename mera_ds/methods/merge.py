@@ -13,7 +13,7 @@ identity, so it ends with the tuned model. MERA realigns after it (see `realign`
 
 from mera_ds.config import RunConfig
 from mera_ds.mergeconfig import CMA
-from mera_ds.methods.steps import Method, learn, step_name
+from mera_ds.methods.steps import Method, fisher_folder, learn, measure_fisher, step_name
 from mera_ds.plan import DataPart, FisherStep, MergeStep, Step, stage_folder
 
 
@@ -34,7 +34,7 @@ def _write_stage(config: RunConfig, stage: int, previous: str | None, output: st
         method=config.merge.method,
         options=config.merge.options,
         importance=tuple(
-            _importance(config, place) for place in ((1, 2) if stage == 2 else (stage,))
+            fisher_folder(config, place) for place in ((1, 2) if stage == 2 else (stage,))
         )
         if measured
         else (),
@@ -46,22 +46,8 @@ def _measure(config: RunConfig, stage: int, tuned: str) -> list[FisherStep]:
     """Return the step that measures a tuned model's Fisher information, if merging needs it."""
     if config.merge.fisher != "data":
         return []
-    modality = config.order[stage - 1]
-    step = FisherStep(
-        name=step_name(stage, modality, "fisher"),
-        stage=stage,
-        modality=modality,
-        start=tuned,
-        data=(DataPart(modality=modality, percent=config.merge.fisher_percent),),
-        previous=None,
-        decay=1.0,
-        output=_importance(config, stage),
-    )
-    return [step]
-
-
-def _importance(config: RunConfig, stage: int) -> str:
-    return f"{stage_folder(stage, config.order[stage - 1])}/fisher"
+    data = DataPart(modality=config.order[stage - 1], percent=config.merge.fisher_percent)
+    return [measure_fisher(config, stage, tuned, data)]
 
 
 METHOD = Method(_write_stage, product="merged")

@@ -11,6 +11,7 @@ from mera_ds.plan import (
     Adapter,
     DataPart,
     EvaluateStep,
+    FisherStep,
     Penalty,
     Plan,
     Step,
@@ -137,6 +138,43 @@ def _require_trainable(config: RunConfig, adapter: Adapter) -> None:
             f"backbone.embedding_device={config.backbone.embedding_device} keeps the input "
             "embedding out of training, and tuning=full trains it; use embedding_device=same"
         )
+
+
+def fisher_folder(config: RunConfig, stage: int) -> str:
+    """Return where the Fisher information that a stage measures goes."""
+    return f"{stage_folder(stage, config.order[stage - 1])}/fisher"
+
+
+def measure_fisher(
+    config: RunConfig,
+    stage: int,
+    model: str,
+    data: DataPart,
+    *,
+    previous: str | None = None,
+    decay: float = 1.0,
+) -> FisherStep:
+    """Measure the Fisher information of a model on some data, and add what was measured before.
+
+    Args:
+        config: the run's configuration.
+        stage: number of the stage that the step belongs to, from 1.
+        model: the model's folder.
+        data: what it is measured on.
+        previous: an earlier measurement to add to; None: nothing.
+        decay: factor of `previous`.
+    """
+    modality = config.order[stage - 1]
+    return FisherStep(
+        name=step_name(stage, modality, "fisher"),
+        stage=stage,
+        modality=modality,
+        start=model,
+        data=(data,),
+        previous=previous,
+        decay=decay,
+        output=fisher_folder(config, stage),
+    )
 
 
 def realign(config: RunConfig, stage: int, start: str, output: str) -> TrainStep:

@@ -99,3 +99,18 @@ def test_two_runs_of_one_name() -> None:
     )
     with pytest.raises(InputError, match="2 runs of the grid would be called a-b-c-s0"):
         cells(found)
+
+
+def test_settings_of_a_line_leave_their_neighbours_alone() -> None:
+    """Nested or dotted, they say the same, and a line's are stronger than the grid's."""
+    line = GridRun(method="mera", settings={"replay": {"percent": 1}, "merge": {"options": {}}})
+    everyone = {"replay.percent": 5, "replay": {"realign_percent": 10}}
+    found = Grid(
+        profile="tiny",
+        settings=everyone,
+        orders={"on": ("image",)},
+        seeds=(0,),
+        runs={"one": line},
+    )
+    config = load_profile("tiny", cells(found)[0].overrides)
+    assert (config.replay.percent, config.replay.realign_percent) == (1, 10)

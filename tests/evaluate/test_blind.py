@@ -1,11 +1,14 @@
 """The bare backbone without media: what it says, what that scores, and where it is shown."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from train.conftest import _process_server as _process_server
+from train.processes import run_ranks
 
 from mera_ds.cli import main
 from mera_ds.config import load_config, resolve_path
@@ -59,3 +62,12 @@ def test_a_second_call_generates_nothing(run: Path, capsys: pytest.CaptureFixtur
     assert main(["without-media", str(run)]) == 0
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert "mera-ds report" in capsys.readouterr().out
+
+
+def test_ranks_share_the_work_and_one_of_them_writes(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(copy / "without-media")
+    (copy / WITHOUT_MEDIA).unlink()
+    assert run_ranks(main, 2, ["without-media", str(copy)]) == [0, 0]
+    rows = [json.loads((folder / WITHOUT_MEDIA).read_text())["rows"] for folder in (run, copy)]
+    assert rows[0] == rows[1]
