@@ -25,6 +25,8 @@ class GridRun:
     """By dotted key or nested, beside those of the whole grid."""
     orders: tuple[str, ...] = ()
     """Names of the orders that it is carried out in; empty: all."""
+    seeds: tuple[int, ...] = ()
+    """Seeds that it is carried out with; empty: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,13 @@ class Grid:
     runs: Mapping[str, GridRun]
 
     def __post_init__(self) -> None:
-        """Check that the lines name orders of the grid."""
+        """Check that the lines name orders and seeds of the grid."""
         for name, line in self.runs.items():
             for order in line.orders:
                 require_known(order, self.orders, f"runs.{name}: order")
+            for seed in set(line.seeds).difference(self.seeds):
+                known = ", ".join(map(str, self.seeds))
+                raise InputError(f"runs.{name}: seed {seed} is unknown; the grid has {known}")
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def cells(grid: Grid, order: str | None = None, seed: int | None = None) -> list
         for place in grid.orders
         for name, line in grid.runs.items()
         if order in (None, place) and seed in (None, number)
-        if place in (line.orders or grid.orders)
+        if place in (line.orders or grid.orders) and number in (line.seeds or grid.seeds)
     ]
     if not found:
         raise InputError("there is nothing to run: no line of the grid has that order and seed")

@@ -69,11 +69,12 @@ def test_a_profile_file_lies_beside_the_grid(grid: Path) -> None:
 
 
 def test_every_line_in_every_order_with_every_seed() -> None:
-    lines = {"one": MERGE, "two": GridRun(method="mera", orders=("back",))}
+    two = GridRun(method="mera", orders=("back",), seeds=(1,))
+    lines = {"one": MERGE, "two": two}
     found = Grid(
         profile="tiny", orders={"on": ("image",), "back": ("audio",)}, seeds=(0, 1), runs=lines
     )
-    names = ["one-on-s0", "one-back-s0", "two-back-s0", "one-on-s1", "one-back-s1", "two-back-s1"]
+    names = ["one-on-s0", "one-back-s0", "one-on-s1", "one-back-s1", "two-back-s1"]
     assert [cell.name for cell in cells(found)] == names
     assert [cell.name for cell in cells(found, "back", 1)] == names[-2:]
 
@@ -88,6 +89,15 @@ def test_a_grid_of_nothing() -> None:
     )
     with pytest.raises(InputError, match="nothing to run: no line of the grid has that order"):
         cells(found, "back")
+
+
+def test_a_line_names_what_the_grid_has(grid: Path) -> None:
+    grid.write_text(GRID.replace("{method: expert}", "{method: expert, seeds: [3]}"))
+    with pytest.raises(InputError, match=r"runs\.sound: seed 3 is unknown; the grid has 0"):
+        read_grid(grid)
+    grid.write_text(GRID.replace("{method: expert}", "{method: expert, orders: [shrot]}"))
+    with pytest.raises(InputError, match=r"order 'shrot' is unknown; did you mean 'short'\?"):
+        read_grid(grid)
 
 
 def test_two_runs_of_one_name() -> None:
