@@ -20,8 +20,9 @@ __all__ = ["Report", "write_report"]
 
 GAINS, SCORES = "gains", "scores"
 _CAPTIONS = {
-    GAINS: "Figures 2 and 3: Backward and Forward Relative Gain by stage, in % of the expert",
-    SCORES: "Score of every task by stage",
+    GAINS: "Figures 2 and 3: Backward and Forward Relative Gain by stage, in % of the expert: "
+    "means over orders and seeds (bars: standard deviation over seeds, where there is one order)",
+    SCORES: "Score of every task by stage: means over seeds (bars: their standard deviation)",
 }
 
 
@@ -117,7 +118,7 @@ def _markdown(parts: Sequence[_Part], figures: Sequence[str]) -> str:
 
 
 def _latex(parts: Sequence[_Part]) -> str:
-    head = "% Needs \\usepackage{booktabs}; wide tables fit with \\resizebox.\n\n"
+    head = "% Needs \\usepackage{booktabs,graphicx}.\n\n"
     return head + "\n\n".join(to_latex(table) for part in parts for table in part.tables) + "\n"
 
 

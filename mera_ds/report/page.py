@@ -90,6 +90,8 @@ th[scope=row] { font-weight: 400; }
   padding: .6rem 1rem .6rem 2rem; }
 .question { font-size: .9rem; font-weight: 600; margin: .3rem 0; }
 .said { font-size: .9rem; }
-.mark { float: right; }
+.speaker { display: flex; gap: .5rem; justify-content: space-between; }
+.mark { white-space: nowrap; }
+.cards { grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); }
 summary { cursor: pointer; margin: 2rem 0 1rem; }
 """

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from mera_ds.report.costs import Cost, run_costs
 from mera_ds.report.gains import Mean, Progress
-from mera_ds.report.labels import ABLATION, plain_method
+from mera_ds.report.labels import ABLATION, method_rank, plain_method
 from mera_ds.report.parameters import run_parameters
 from mera_ds.report.render import Table
 from mera_ds.report.results import Run
 from mera_ds.report.summary import Group, Section
-from mera_ds.report.tables import limits_note, measurement_notes
+from mera_ds.report.tables import PARTIAL, limits_note, measurement_notes, of_runs
 
 _BACKWARD = (
     "Backward Relative Gain in %: mean over the modalities learnt before a stage of S/S_expert. "
@@ -40,6 +40,7 @@ def paper_tables(section: Section, runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
+_UNEQUAL = "n/a: nothing is measured yet, or not over the same stages with and without realigning."
 _COUNTS = ("Trained\nM", "Added\nM")
 _GENERATION = ("Generation\nGB", "Generation\ns/text", "Generation\nms/token")
 Rows = Mapping[str, Mapping[tuple[str, ...], Progress]]
@@ -64,7 +65,9 @@ def _gains(section: Section, groups: Sequence[Group], title: str) -> Table:
     for place, order in enumerate(orders):
         best |= _best(found, order, 1 + 2 * place, lambda p: p.mean, max)
         best |= _best(found, order, 2 + 2 * place, lambda p: p.deviation, min)
-    notes = (_BACKWARD, *_order_notes(section, orders), *_origin(section))
+    means = [entry.mean for by_order in found.values() for entry in by_order.values()]
+    partial = [PARTIAL] if any(0 < mean.runs < mean.total for mean in means) else []
+    notes = (_BACKWARD, *partial, *_order_notes(section, orders), *_origin(section))
     return Table(
         f"{title} (%), profile {section.profile}",
         ("Method", *_headers(section, orders)),
@@ -101,8 +104,10 @@ def _cells(entry: Progress | None) -> tuple[str, str]:
         return "-", "-"
     spread = entry.mean.spread
     seeds = "" if spread is None else f" ± {spread:.2f}"
-    part = "" if entry.finished == len(entry.stages) else f" ({entry.finished} stages)"
-    return f"{_number(entry.mean.value)}{seeds}{part}", _number(entry.deviation.value)
+    stages = len(entry.stages)
+    part = "" if entry.finished == stages else f" ({entry.finished} of {stages} stages)"
+    some = of_runs(entry.mean) if entry.mean.runs else ""
+    return f"{_number(entry.mean.value)}{seeds}{some}{part}", _number(entry.deviation.value)
 
 
 def _number(value: float | None, form: str = ".2f") -> str:
@@ -192,7 +197,7 @@ def _realigned(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
         same = [g for g in found if g.runs[0].config.replay.percent == percent]
         if len(same or found) == 1:
             pairs.append(((same or found)[0], realigned))
-    return pairs
+    return sorted(pairs, key=lambda pair: method_rank(pair[0].method))
 
 
 def _improvements(section: Section, pairs: Sequence[tuple[Group, Group]]) -> Table:
@@ -207,7 +212,8 @@ def _improvements(section: Section, pairs: Sequence[tuple[Group, Group]]) -> Tab
             after = {r.order: r.progress("backward") for _, r in same if r.label == name}
             changes = [_changes(before.get(order), after.get(order)) for order in orders]
             rows.append((f"+ Realigning: {name}", *(cell for pair in changes for cell in pair)))
-    notes = (_BACKWARD, *_order_notes(section, orders), *_origin(section))
+    unequal = [_UNEQUAL] if any("n/a" in cell for row in rows for cell in row) else []
+    notes = (_BACKWARD, *unequal, *_order_notes(section, orders), *_origin(section))
     title = f"Table 5: realigning after any method (%), profile {section.profile}"
     return Table(title, ("Method", *_headers(section, orders)), tuple(rows), notes, 1)
 

@@ -42,10 +42,9 @@ def provenance_csv(sections: Sequence[Section]) -> str:
 
 
 def _rows(section: Section) -> list[tuple[str, ...]]:
-    members = [("Expert", section.experts), *((g.label, g.runs) for g in section.groups)]
     return [
         _row(label, run, score)
-        for label, runs in members
+        for label, runs in section.members
         for run in runs
         for score in run.scores.values()
     ]

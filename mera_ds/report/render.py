@@ -76,7 +76,7 @@ def to_markdown(table: Table) -> str:
 def to_latex(table: Table) -> str:
     """Return a LaTeX table in the style of booktabs, with title and notes below it."""
     columns = "l" * table.labels + "r" * (len(table.header) - table.labels)
-    header = [_latex(cell.replace("\n", " ")) for cell in table.header]
+    header = [_latex_lines(cell) for cell in table.header]
     rows = [
         [_latex_bold(cell.strip(), (i, j) in table.best) for j, cell in enumerate(row)]
         for i, row in enumerate(table.rows)
@@ -86,17 +86,22 @@ def to_latex(table: Table) -> str:
         [
             r"\begin{table}[t]",
             r"\centering\small",
+            _FITTED,
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             " & ".join(header) + r" \\",
             r"\midrule",
             *lines,
             r"\bottomrule",
-            r"\end{tabular}",
-            rf"\caption{{{_latex(' '.join([_sentence(table.title), *table.notes]))}}}",
+            r"\end{tabular}}",
+            rf"\caption{{{_latex(' '.join(map(_sentence, (table.title, *table.notes))))}}}",
             r"\end{table}",
         ]
     )
+
+
+# As wide as the text where the table would be wider.
+_FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 
 
 def to_html(table: Table) -> str:
@@ -122,6 +127,11 @@ def to_html(table: Table) -> str:
 
 def _bold(text: str, bold: bool) -> str:
     return f"**{text}**" if bold else text
+
+
+def _latex_lines(text: str) -> str:
+    lines = r" \\ ".join(_latex(line) for line in text.split("\n"))
+    return rf"\shortstack[r]{{{lines}}}" if "\n" in text else lines
 
 
 def _latex_bold(text: str, bold: bool) -> str:

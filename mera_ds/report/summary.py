@@ -17,7 +17,7 @@ from mera_ds.report.gains import (
     progress,
     relative_gain,
 )
-from mera_ds.report.labels import method_name, method_rank
+from mera_ds.report.labels import NAMES, method_name, method_rank
 from mera_ds.report.results import EXPERT, METRICS, Run, Score
 
 GAINS = {"backward": backward_gain, "forward": forward_gain}
@@ -140,6 +140,13 @@ class Section:
         """Return the mean score of the experts."""
         return _mean_score([_expert_score(run, column) for run in self.experts])
 
+    def some_orders(self, label: str) -> str:
+        """Return the orders that a method has runs of; empty if it has runs of all."""
+        numbers = [self.orders.index(g.order) + 1 for g in self.groups if g.label == label]
+        if len(numbers) == len(self.orders):
+            return ""
+        return f"order{'s' if len(numbers) > 1 else ''} {', '.join(map(str, sorted(numbers)))}"
+
     def gains(self, gain: str) -> list[GainRow]:
         """Return a gain by method and order, with the mean over orders last in each method."""
         rows = []
@@ -184,13 +191,19 @@ class Section:
             *found,
             *expert_warnings(experts, floors, tables),
             *self._unequal_runs(),
-            *_first_stages(tables),
+            *self._unfinished(),
+            *self._first_stages(),
         ]
+
+    @property
+    def members(self) -> list[tuple[str, tuple[Run, ...]]]:
+        """Return the runs by label, the experts first; a label comes once for each order."""
+        experts = NAMES[EXPERT].text, self.experts
+        return [experts, *((group.label, group.runs) for group in self.groups)]
 
     def _unequal_runs(self) -> list[str]:
         found = []
-        members = [(group.label, group.runs) for group in self.groups]
-        for label, runs in [(EXPERT, self.experts), *members]:
+        for label, runs in self.members:
             seeds = {run.config.seed for run in runs}
             if len(seeds) < len(runs):
                 found.append(f"{label}: {len(runs)} runs, but only {len(seeds)} different seed(s).")
@@ -199,11 +212,39 @@ class Section:
             found.append(
                 f"The experts differ in {', '.join(differing)}; the upper bound is their mean."
             )
+        some = {group.label: self.some_orders(group.label) for group in self.groups}
+        if any(some.values()):
+            listed = "; ".join(
+                f"{label} ({orders} only)" for label, orders in some.items() if orders
+            )
+            found.append(f"Not run in every order, so its mean is not over the same: {listed}.")
         return found
+
+    def _unfinished(self) -> list[str]:
+        found = [
+            f"{run.folder.name} ({label}) {run.stages_measured} of {len(run.config.order)}"
+            for label, runs in self.members
+            for run in runs
+            if run.stages_measured < len(run.config.order)
+        ]
+        return [f"Not finished, stages measured so far: {'; '.join(found)}."] if found else []
+
+    def _first_stages(self) -> list[str]:
+        """Say where the first stage, which counts as 100 %, measured something else."""
+        found = []
+        for group in self.groups:
+            gain = group.modality_gain(1, group.order[0]).value
+            if gain is not None and abs(gain - 100) >= 1:
+                order = self.orders.index(group.order) + 1
+                found.append(f"{group.label}, order {order}: {gain:.2f} %")
+        if not found:
+            return []
+        said = "Stage 1 counts as 100 %, as in the paper; measured against its expert it is"
+        return [f"{said}: {'; '.join(found)}."]
 
 
 def summarise(runs: Sequence[Run]) -> list[Section]:
-    """Arrange runs into one section per profile: methods as the paper, else as they were given."""
+    """Arrange runs into one section per profile: in the paper's order, others last."""
     return [
         _section(profile, [run for run in runs if run.config.profile == profile])
         for profile in dict.fromkeys(run.config.profile for run in runs)
@@ -230,7 +271,10 @@ def _section(profile: str, runs: Sequence[Run]) -> Section:
     known = [run.config.order for run in experts]
     others = sorted(
         (run for run in runs if run.config.method != EXPERT),
-        key=lambda run: (method_rank(run.config.method), run.config.order not in known),
+        key=lambda run: (
+            *(method_rank(run.config.method), run.config.replay.percent),
+            run.config.order not in known,
+        ),
     )
     labels = {run.folder: _label(run, others) for run in others}
     keys = dict.fromkeys((labels[run.folder], run.config.order) for run in others)
@@ -281,19 +325,3 @@ def _difference(score: Score, expert: Score) -> str:
     names = [name for name, value in score.yardstick.items() if expert.yardstick[name] != value]
     values = [f"{name} {expert.yardstick[name]}, not {score.yardstick[name]}" for name in names]
     return f"the expert was scored with {'; '.join(values)}"
-
-
-def _first_stages(tables: Sequence[ScoreTable]) -> list[str]:
-    """Say where the first stage, which counts as 100 %, measured something else."""
-    found = []
-    for table in tables:
-        try:
-            gain = relative_gain(table, 1, table.order[0])
-        except GainUndefined:
-            continue
-        if abs(gain - 100) >= 1:
-            found.append(f"{table.name} {gain:.2f} %")
-    if not found:
-        return []
-    said = "Stage 1 counts as 100 %, as in the paper; measured against its expert it is"
-    return [f"{said}: {'; '.join(found)}."]

@@ -70,7 +70,22 @@ def test_table_5_says_what_realigning_adds(tables: dict[str, Table], paper: dict
     assert [float(cell) for cell in change] == pytest.approx(differences, abs=0.011)
     assert all(cell[0] in "+-" for cell in change)
     assert row(tables["Table 5"], "Fine-Tuning") == row(tables["Table 2"], "Fine-Tuning")
+    assert tables["Table 5"].rows[0][0] == "Fine-Tuning"
     assert row(tables["Table 5"], "Merging") == row(tables["Table 2"], "Merging")
+
+
+def test_tables_2_and_5_say_what_is_not_measured_yet(make_run: MakeRun) -> None:
+    folders = [make_run("experts", "expert"), make_run("seed-0", "finetune", "finetune")]
+    folders.append(make_run("seed-1", "finetune", "finetune", seed=1, stages=2))
+    folders.append(make_run("realign", "realign", "pathweave", stages=3))
+    runs = read_runs(folders)
+    (section,) = summarise(runs)
+    tables = {table.title[:7]: table for table in paper_tables(section, runs)}
+    assert row(tables["Table 2"], "Fine-Tuning")[0] == "59.76 (1/2)"
+    assert row(tables["Table 2"], "Fine-Tuning + Realign")[0].endswith(" (3 of 4 stages)")
+    assert any(note.startswith("(1/2): ") for note in tables["Table 2"].notes)
+    assert row(tables["Table 5"], "+ Realigning: Fine-Tuning + Realign") == ("n/a", "n/a")
+    assert any("not over the same stages" in note for note in tables["Table 5"].notes)
 
 
 def test_a_method_that_the_paper_has_not_keeps_its_name(make_run: MakeRun, tmp_path: Path) -> None:
@@ -85,9 +100,9 @@ HOSTILE = Table("A & B", ("Name", "x_1\n%"), (("<b>", "50 % ~ \\"),), ("note # 1
 
 def test_latex_and_html_show_every_sign_as_it_is() -> None:
     latex = to_latex(HOSTILE)
-    assert r"Name & x\_1 \% \\" in latex
+    assert r"Name & \shortstack[r]{x\_1 \\ \%} \\" in latex
     assert r"$<$b$>$ & 50 \% \textasciitilde{} \textbackslash{} \\" in latex
-    assert r"\caption{A \& B. note \# 1}" in latex
+    assert r"\caption{A \& B. note \# 1.}" in latex
     page = to_html(HOSTILE)
     assert "<b>" not in page
     assert "&lt;b&gt;" in page

@@ -84,7 +84,7 @@ def test_files_are_complete_and_the_same_every_time(make_run: MakeRun, tmp_path:
         assert image.width == 1050
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
     markdown = (first.folder / "report.md").read_text(encoding="utf-8")
-    assert "Relative Gain by stage, in % of the expert](gains.png)" in markdown
+    assert "](gains.png)" in markdown
     assert "| MERA(10%) | 4 pointcloud | 1 | 98.05+ | 0.338 |" in markdown
 
 
@@ -166,12 +166,52 @@ def test_seeds_are_averaged_and_counted(make_run: MakeRun, tmp_path: Path) -> No
     assert "stage 1 counts as 100 %" in report.text
 
 
+def test_what_is_missing_is_said(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("experts", "expert"), make_run("mera", "mera", stages=2)]
+    runs += [make_run(f"tune-{o}", "finetune", order=o) for o in ("sequential", "reverse")]
+    empty = make_run("ewc", "ewc", "ewc")
+    (empty / "results.jsonl").unlink()
+    report = write_report([*runs, empty], tmp_path / "out")
+    text = " ".join(report.text.split())
+    assert "so its mean is not over the same: EWC (order 1 only); MERA(10%) (order 1 only)." in text
+    assert "measured so far: ewc (EWC) 0 of 4; mera (MERA(10%)) 2 of 4." in text
+    drawn = (report.folder / "gains.svg").read_text(encoding="utf-8")
+    assert "MERA(10%) (order 1)" in drawn
+    assert "EWC" not in drawn
+
+
+def test_a_method_looks_the_same_in_every_report(make_run: MakeRun, tmp_path: Path) -> None:
+    experts, tune = make_run("experts", "expert"), make_run("tune", "finetune", "finetune")
+    few, many = make_run("one", "mera", "mera-1", percent=1.0), make_run("ten", "mera")
+    first = write_report([experts, many, few, tune], tmp_path / "a")
+    second = write_report([experts, tune, few, many], tmp_path / "b")
+    for name in first.files:
+        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
+    assert "#56b4e9" in (first.folder / "gains.svg").read_text(encoding="utf-8")
+    alone = write_report([experts, few], tmp_path / "c")
+    for name in ("gains.svg", "scores.svg"):
+        drawn = (alone.folder / name).read_text(encoding="utf-8")
+        assert "#56b4e9" in drawn
+        assert "#0072b2" not in drawn
+
+
+def test_stage_1_is_compared_with_its_expert_over_all_seeds(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    runs = [make_run("experts", "expert")]
+    runs += [make_run("mera-0", "mera", scale=0.9), make_run("mera-1", "mera", seed=1, scale=1.1)]
+    assert "Stage 1 counts as 100 %, as in" not in write_report(runs, tmp_path / "two").text
+    assert "expert it is: MERA(10%), order 1: 90.00 %." in " ".join(
+        write_report(runs[:2], tmp_path / "one").text.split()
+    )
+
+
 def test_runs_with_different_settings_are_never_averaged(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run("one", "mera", "mera-1", percent=1.0), make_run("ten", "mera", percent=10.0)]
     report = write_report(runs, tmp_path / "out")
     assert line_of(report.text, "MERA(1%)", "4", "pointcloud")[3:5] == ["1", "95.18+"]
     assert line_of(report.text, "MERA(10%)", "4", "pointcloud")[3:5] == ["1", "98.05+"]
-    assert "mera differs in replay.percent: one 1, ten 10." in report.text
+    assert "mera differs in replay.percent: MERA(1%) 1, MERA(10%) 10." in report.text
 
 
 def test_profiles_are_never_compared(make_run: MakeRun, tmp_path: Path) -> None:
