@@ -35,7 +35,7 @@ def page_html(
 <body>
 <h1>Report</h1>
 <h2>Figures</h2>
-{drawn}
+<div class="figures">{drawn}</div>
 {sections}
 <script>{SCRIPT}</script>
 </body>
@@ -47,9 +47,8 @@ def _figure(caption: str, picture: Picture) -> str:
     url = f"data:image/svg+xml;base64,{base64.b64encode(picture.svg).decode()}"
     text = html.escape(caption)
     return (
-        f'<figure class="drawn"><img src="{url}" alt="{text}" '
-        f'style="width: {8 * picture.inches:g}rem">'
-        f"<figcaption>{text}</figcaption></figure>"
+        f'<figure class="drawn" style="width: {8 * picture.inches:g}rem">'
+        f'<img src="{url}" alt="{text}"><figcaption>{text}</figcaption></figure>'
     )
 
 
@@ -73,8 +72,10 @@ _STYLE = """
 h3 { font-size: 1rem; margin: 2rem 0 .5rem; }
 h4 { font-size: .9rem; margin: 1.2rem 0 .4rem; }
 figure { margin: 1.5rem 0; }
-figure.drawn img { background: #fff; height: auto; image-rendering: auto; margin: 0;
-  max-width: 100%; padding: .5rem; }
+.figures { align-items: start; display: flex; flex-wrap: wrap; gap: 0 2rem; }
+figure.drawn { max-width: 100%; }
+figure.drawn img { background: #fff; box-sizing: border-box; height: auto; image-rendering: auto;
+  margin: 0; padding: .5rem; width: 100%; }
 figcaption { font-weight: 600; margin-bottom: .4rem; }
 figure.drawn figcaption { font-size: .85rem; font-weight: 400; margin-top: .4rem; }
 .scroll { overflow-x: auto; }

@@ -131,7 +131,8 @@ def _bold(text: str, bold: bool) -> str:
 
 def _latex_lines(text: str) -> str:
     lines = r" \\ ".join(_latex(line) for line in text.split("\n"))
-    return rf"\shortstack[r]{{{lines}}}" if "\n" in text else lines
+    stacked = rf"\begin{{tabular}}[b]{{@{{}}r@{{}}}}{lines}\end{{tabular}}"
+    return stacked if "\n" in text else lines
 
 
 def _latex_bold(text: str, bold: bool) -> str:

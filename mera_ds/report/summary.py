@@ -217,7 +217,9 @@ class Section:
             listed = "; ".join(
                 f"{label} ({orders} only)" for label, orders in some.items() if orders
             )
-            found.append(f"Not run in every order, so its mean is not over the same: {listed}.")
+            found.append(
+                f"Not run in every order, so means over orders are not over the same ones: {listed}."
+            )
         return found
 
     def _unfinished(self) -> list[str]:

@@ -173,7 +173,7 @@ def test_what_is_missing_is_said(make_run: MakeRun, tmp_path: Path) -> None:
     (empty / "results.jsonl").unlink()
     report = write_report([*runs, empty], tmp_path / "out")
     text = " ".join(report.text.split())
-    assert "so its mean is not over the same: EWC (order 1 only); MERA(10%) (order 1 only)." in text
+    assert "are not over the same ones: EWC (order 1 only); MERA(10%) (order 1 only)." in text
     assert "measured so far: ewc (EWC) 0 of 4; mera (MERA(10%)) 2 of 4." in text
     drawn = (report.folder / "gains.svg").read_text(encoding="utf-8")
     assert "MERA(10%) (order 1)" in drawn
