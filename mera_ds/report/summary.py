@@ -218,7 +218,8 @@ class Section:
                 f"{label} ({orders} only)" for label, orders in some.items() if orders
             )
             found.append(
-                f"Not run in every order, so means over orders are not over the same ones: {listed}."
+                "Not run in every order, so means over orders are not over the same ones: "
+                f"{listed}."
             )
         return found
 
