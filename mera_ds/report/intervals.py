@@ -1,7 +1,7 @@
 """Confidence intervals of a section's scores and gains (see `mera_ds.report.bootstrap`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -45,8 +45,12 @@ class Intervals:
         return self._averaged(groups, gain, [stage])
 
     def mean_gain(self, groups: Sequence[Group], gain: str, stages: int) -> Interval | None:
-        """Return the interval of a gain's mean over the first stages, averaged over groups."""
-        return self._averaged(groups, gain, range(1, stages + 1))
+        """Return the interval of a gain's mean over all `stages`, averaged over groups.
+
+        As in `average_progress`, of the runs that got as far.
+        """
+        furthest = [found for group in groups if (found := _that_far(group, stages))]
+        return self._averaged(furthest, gain, range(1, stages + 1))
 
     def modality_gain(self, group: Group, stage: int, modality: str) -> Interval | None:
         """Return the interval of the relative gain of one modality."""
@@ -93,3 +97,16 @@ class Intervals:
         if not known or len(known) < len(found) or min(float(v.min()) for v in known) <= 0:
             raise _Unknown
         return np.asarray(np.mean(known, axis=0))
+
+
+def _that_far(group: Group, stages: int) -> Group | None:
+    """Return a group with those of its runs that have finished so many stages."""
+    pairs = [
+        (run, table)
+        for run, table in zip(group.runs, group.tables, strict=True)
+        if table.finished_stages >= stages
+    ]
+    if not pairs:
+        return None
+    runs, tables = zip(*pairs, strict=True)
+    return replace(group, runs=runs, tables=tables)

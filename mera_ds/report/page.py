@@ -5,7 +5,6 @@ import html
 from collections.abc import Sequence
 
 from mera_ds.report.figures import Picture
-from mera_ds.report.provenance import provenance_table
 from mera_ds.report.render import Table, to_html
 from mera_ds.report.samples import samples_html
 from mera_ds.report.summary import Section
@@ -13,13 +12,13 @@ from mera_ds.shards.preview import SCRIPT, STYLE
 
 
 def page_html(
-    parts: Sequence[tuple[Section, Sequence[Table], Sequence[str]]],
+    parts: Sequence[tuple[Section, Sequence[Table], Sequence[str], Table]],
     figures: Sequence[tuple[str, Picture]],
 ) -> str:
     """Return the page.
 
     Args:
-        parts: each section with its tables and remarks.
+        parts: each section with its tables, remarks and provenance.
         figures: each with its caption.
     """
     drawn = "".join(_figure(caption, picture) for caption, picture in figures)
@@ -52,7 +51,9 @@ def _figure(caption: str, picture: Picture) -> str:
     )
 
 
-def _section(section: Section, tables: Sequence[Table], remarks: Sequence[str]) -> str:
+def _section(
+    section: Section, tables: Sequence[Table], remarks: Sequence[str], provenance: Table
+) -> str:
     listed = "".join(f"<li>{html.escape(remark)}</li>" for remark in remarks)
     warnings = f'<ul class="remarks">{listed}</ul>' if listed else ""
     return f"""<section>
@@ -63,7 +64,7 @@ def _section(section: Section, tables: Sequence[Table], remarks: Sequence[str]) 
 <h3>What the models say</h3>
 {samples_html(section) or "<p>No predictions are stored.</p>"}
 <details><summary>Provenance of every score</summary>
-{to_html(provenance_table(section))}
+{to_html(provenance)}
 </details>
 </section>"""
 

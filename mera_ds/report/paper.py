@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mera_ds.report.costs import Cost, run_costs
+from mera_ds.report.costs import Cost
 from mera_ds.report.gains import Mean, Progress
 from mera_ds.report.labels import ABLATION, method_rank, plain_method
 from mera_ds.report.parameters import run_parameters
 from mera_ds.report.render import Table
-from mera_ds.report.results import Run
 from mera_ds.report.summary import Group, Section
 from mera_ds.report.tables import PARTIAL, limits_note, measurement_notes, of_runs
 
@@ -19,18 +18,17 @@ _BACKWARD = (
 )
 
 
-def paper_tables(section: Section, runs: Sequence[Run]) -> list[Table]:
+def paper_tables(section: Section, costs: Mapping[Path, Cost]) -> list[Table]:
     """Return those of Tables 2, 3, 4 and 5 that the section's runs give something for.
 
     Args:
         section: the runs of one profile.
-        runs: all runs of the report; products taken over from one of them took what they took
-            there.
+        costs: what each of them took.
     """
     tables = []
     if section.groups and section.experts:
         tables.append(_gains(section, section.groups, "Table 2: Backward Relative Gain"))
-    tables.append(_overheads(section, run_costs(runs)))
+    tables.append(_overheads(section, costs))
     if section.groups and section.experts:
         ablation = [group for name in ABLATION for group in section.groups if group.method == name]
         if len({group.method for group in ablation}) > 1:

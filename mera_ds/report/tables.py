@@ -142,6 +142,7 @@ def _last_table(section: Section, intervals: Intervals, order: tuple[str, ...]) 
     notes = (
         "Gain: mean over the tasks of S/S_expert in %, with its 95 % confidence interval: paired "
         f"bootstrap over test items, {RESAMPLES} draws. {_MARKS}",
+        *([PARTIAL] if any("(" in cell for row in rows for cell in row[2:]) else []),
         *measurement_notes(section, columns),
         limits_note(section),
     )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mera_ds.report import write_report
+from mera_ds.report.costs import run_costs
 from mera_ds.report.intervals import Intervals
 from mera_ds.report.paper import paper_tables
 from mera_ds.report.render import Table, to_html, to_latex
@@ -38,7 +39,7 @@ def tables(make_run: MakeRun) -> dict[str, Table]:
         folders.append(make_run(f"realign-{order}", "realign", "pathweave", order))
     runs = read_runs(folders)
     (section,) = summarise(runs)
-    return {table.title[:7]: table for table in paper_tables(section, runs)}
+    return {table.title[:7]: table for table in paper_tables(section, run_costs(runs))}
 
 
 def row(table: Table, label: str) -> tuple[str, ...]:
@@ -80,7 +81,7 @@ def test_tables_2_and_5_say_what_is_not_measured_yet(make_run: MakeRun) -> None:
     folders.append(make_run("realign", "realign", "pathweave", stages=3))
     runs = read_runs(folders)
     (section,) = summarise(runs)
-    tables = {table.title[:7]: table for table in paper_tables(section, runs)}
+    tables = {table.title[:7]: table for table in paper_tables(section, run_costs(runs))}
     assert row(tables["Table 2"], "Fine-Tuning")[0] == "59.76 (1/2)"
     assert row(tables["Table 2"], "Fine-Tuning + Realign")[0].endswith(" (3 of 4 stages)")
     assert any(note.startswith("(1/2): ") for note in tables["Table 2"].notes)
