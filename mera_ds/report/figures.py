@@ -23,6 +23,8 @@ from mera_ds.report.results import METRICS
 from mera_ds.report.summary import GAINS, Column, Section
 
 COLUMN_INCHES = 3.5
+_HALF_COLUMN = 25
+"""Letters of a legend that fit beside a second column of it."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def gains_figure(sections: Sequence[Section]) -> Picture:
     partial = False
     names: dict[_Name, str] = {}
     with mpl.rc_context(_rc()):
-        figure = Figure(figsize=(COLUMN_INCHES, 2.3 + 0.13 * len(looks)), layout="constrained")
+        figure = Figure(figsize=(COLUMN_INCHES, 1), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, gain in zip(panels, GAINS, strict=True):
             axes.axhline(100, color=_RULE, linewidth=0.8)
@@ -116,11 +118,7 @@ def gains_figure(sections: Sequence[Section]) -> Picture:
             axes.set_xlabel("Stage")
             axes.set_title(f"{gain.capitalize()} Relative Gain", loc="left")
         panels[0].set_ylabel("% of the expert")
-        figure.legend(
-            handles=[*_handles(looks, partial, names), _rule("expert (100 %)", "-")],
-            loc="outside lower center",
-            ncols=2,
-        )
+        _finish(figure, 2.4, [*_handles(looks, partial, names), _rule("expert (100 %)", "-")])
         return _picture(figure)
 
 
@@ -141,8 +139,7 @@ def scores_figure(sections: Sequence[Section]) -> Picture:
     measured = {task for section in sections for _, task in section.all_columns}
     tasks = [task for task in METRICS if task in measured]
     with mpl.rc_context(_rc()):
-        height = 0.5 + 1.1 * len(grid) + 0.13 * (len(looks) // 2)
-        figure = Figure(figsize=(COLUMN_INCHES, height), layout="constrained")
+        figure = Figure(figsize=(COLUMN_INCHES, 1), layout="constrained")
         panels = figure.subplots(len(grid), len(tasks), squeeze=False)
         for row, (section, order, modality) in zip(panels, grid, strict=True):
             for axes, task in zip(row, tasks, strict=True):
@@ -160,7 +157,7 @@ def scores_figure(sections: Sequence[Section]) -> Picture:
         handles = _handles(looks, partial, {})
         handles += [_rule("expert", "-")] if any(s.experts for s in sections) else []
         handles.append(_rule("majority class", _DOTS))
-        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        _finish(figure, 0.3 + 1.1 * len(grid), handles)
         return _picture(figure)
 
 
@@ -224,6 +221,14 @@ def _handles(looks: _Looks, partial: bool, names: Mapping[_Name, str]) -> list[L
         hollow.set_label("hollow: some runs only")
         handles.append(hollow)
     return handles
+
+
+def _finish(figure: Figure, inches: float, handles: Sequence[Line2D]) -> None:
+    """Put the legend below the panels, which are so high together."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = 2 if longest <= _HALF_COLUMN else 1
+    figure.set_figheight(inches + 0.145 * -(-len(handles) // columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def _rule(name: str, style: Any) -> Line2D:

@@ -87,6 +87,7 @@ th, td { padding: .2rem .6rem; text-align: right; vertical-align: bottom; white-
 th.label { text-align: left; }
 th[scope=row] { font-weight: 400; }
 .best { font-weight: 700; }
+.second { text-decoration: underline; }
 .notes { color: var(--soft); font-size: .75rem; margin: .4rem 0; padding-left: 1rem; }
 .remarks { background: #fa01; border-left: 3px solid #fa0; font-size: .85rem;
   padding: .6rem 1rem .6rem 2rem; }

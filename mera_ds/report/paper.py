@@ -1,6 +1,6 @@
 """The paper's Tables 2 to 5, for our runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mera_ds.report.costs import Cost
@@ -39,6 +39,9 @@ def paper_tables(section: Section, costs: Mapping[Path, Cost]) -> list[Table]:
 
 
 _UNEQUAL = "n/a: nothing is measured yet, or not over the same stages with and without realigning."
+_NOTHING = ("-", "+0.00", "-0.00")
+_RANKS = "Not in plain text: best of a column in bold, second best underlined."
+_BETTER = "Not in plain text: improvements in bold, which are a higher mean and a lower deviation."
 _COUNTS = ("Trained\nM", "Added\nM")
 _GENERATION = ("Generation\nGB", "Generation\ns/text", "Generation\nms/token")
 Rows = Mapping[str, Mapping[tuple[str, ...], Progress]]
@@ -59,13 +62,15 @@ def _gains(section: Section, groups: Sequence[Group], title: str) -> Table:
         (label, *(cell for order in orders for cell in _cells(by_order.get(order))))
         for label, by_order in found.items()
     ]
-    best = set()
+    best, second = set(), set()
     for place, order in enumerate(orders):
-        best |= _best(found, order, 1 + 2 * place, lambda p: p.mean, max)
-        best |= _best(found, order, 2 + 2 * place, lambda p: p.deviation, min)
+        for column, figure, sign in ((1, "mean", 1), (2, "deviation", -1)):
+            first, next_best = _ranked(found, order, figure, sign)
+            best |= {(row, column + 2 * place) for row in first}
+            second |= {(row, column + 2 * place) for row in next_best}
     means = [entry.mean for by_order in found.values() for entry in by_order.values()]
     partial = [PARTIAL] if any(0 < mean.runs < mean.total for mean in means) else []
-    notes = (_BACKWARD, *partial, *_order_notes(section, orders), *_origin(section))
+    notes = (_BACKWARD, _RANKS, *partial, *_order_notes(section, orders), *_origin(section))
     return Table(
         f"{title} (%), profile {section.profile}",
         ("Method", *_headers(section, orders)),
@@ -73,28 +78,34 @@ def _gains(section: Section, groups: Sequence[Group], title: str) -> Table:
         notes,
         1,
         frozenset(best),
+        frozenset(second),
     )
 
 
-def _best(
-    found: Rows,
-    order: tuple[str, ...],
-    column: int,
-    figure: Callable[[Progress], Mean],
-    choose: Callable[[Sequence[float]], float],
-) -> set[tuple[int, int]]:
-    """Return the cells of a column that hold the best value of the rows that got furthest."""
+def _ranked(
+    found: Rows, order: tuple[str, ...], figure: str, sign: int
+) -> tuple[list[int], list[int]]:
+    """Return the rows with the best and with the second-best value, of those that got furthest.
+
+    Args:
+        found: the rows.
+        order: whose.
+        figure: `mean` or `deviation`.
+        sign: 1 if more is better, -1 if less is.
+    """
     there = {row: by[order] for row, by in enumerate(found.values()) if order in by}
     furthest = max((entry.finished for entry in there.values()), default=0)
+    means: dict[int, Mean] = {row: getattr(entry, figure) for row, entry in there.items()}
     values = {
-        row: value
+        row: sign * round(means[row].value or 0.0, 2)
         for row, entry in there.items()
-        if entry.finished == furthest and (value := figure(entry).value) is not None
+        if entry.finished == furthest and means[row].value is not None
     }
     if len(values) < 2:
-        return set()
-    chosen = choose([round(value, 2) for value in values.values()])
-    return {(row, column) for row, value in values.items() if round(value, 2) == chosen}
+        return [], []
+    best, second = [*sorted(set(values.values()), reverse=True), None][:2]
+    ranked = [[row for row, value in values.items() if value == rank] for rank in (best, second)]
+    return ranked[0], ranked[1]
 
 
 def _cells(entry: Progress | None) -> tuple[str, str]:
@@ -202,6 +213,7 @@ def _improvements(section: Section, pairs: Sequence[tuple[Group, Group]]) -> Tab
     used = [group.order for group, _ in pairs]
     orders = [order for order in section.orders if order in used]
     rows: list[tuple[str, ...]] = []
+    best: set[tuple[int, int]] = set()
     for label in dict.fromkeys(plain.label for plain, _ in pairs):
         same = [(plain, realigned) for plain, realigned in pairs if plain.label == label]
         before = {plain.order: plain.progress("backward") for plain, _ in same}
@@ -209,11 +221,19 @@ def _improvements(section: Section, pairs: Sequence[tuple[Group, Group]]) -> Tab
         for name in dict.fromkeys(realigned.label for _, realigned in same):
             after = {r.order: r.progress("backward") for _, r in same if r.label == name}
             changes = [_changes(before.get(order), after.get(order)) for order in orders]
-            rows.append((f"+ Realigning: {name}", *(cell for pair in changes for cell in pair)))
+            cells = [cell for pair in changes for cell in pair]
+            better = {
+                place
+                for place, cell in enumerate(cells)
+                if cell[0] == "+-"[place % 2] and cell not in _NOTHING
+            }
+            best |= {(len(rows), 1 + place) for place in better}
+            rows.append((f"+ Realigning: {name}", *cells))
     unequal = [_UNEQUAL] if any("n/a" in cell for row in rows for cell in row) else []
-    notes = (_BACKWARD, *unequal, *_order_notes(section, orders), *_origin(section))
+    notes = (_BACKWARD, _BETTER, *unequal, *_order_notes(section, orders), *_origin(section))
     title = f"Table 5: realigning after any method (%), profile {section.profile}"
-    return Table(title, ("Method", *_headers(section, orders)), tuple(rows), notes, 1)
+    header = ("Method", *_headers(section, orders))
+    return Table(title, header, tuple(rows), notes, 1, frozenset(best))
 
 
 def _changes(plain: Progress | None, realigned: Progress | None) -> tuple[str, str]:

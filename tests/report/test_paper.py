@@ -10,7 +10,7 @@ from mera_ds.report import write_report
 from mera_ds.report.costs import run_costs
 from mera_ds.report.intervals import Intervals
 from mera_ds.report.paper import paper_tables
-from mera_ds.report.render import Table, to_html, to_latex
+from mera_ds.report.render import Table, to_html, to_latex, to_markdown
 from mera_ds.report.results import read_runs
 from mera_ds.report.summary import summarise
 
@@ -54,6 +54,8 @@ def test_table_2(tables: dict[str, Table], paper: dict[str, Any]) -> None:
     best = {tables["Table 2"].rows[place][0] for place, _ in tables["Table 2"].best}
     assert best == {"MERA(10%)"}
     assert len(tables["Table 2"].best) == 4
+    second = {tables["Table 2"].rows[place][0] for place, _ in tables["Table 2"].second}
+    assert second == {"MERA(1%)"}
 
 
 def test_table_4_has_the_rows_of_the_ablation(tables: dict[str, Table]) -> None:
@@ -72,6 +74,8 @@ def test_table_5_says_what_realigning_adds(tables: dict[str, Table], paper: dict
     assert all(cell[0] in "+-" for cell in change)
     assert row(tables["Table 5"], "Fine-Tuning") == row(tables["Table 2"], "Fine-Tuning")
     assert tables["Table 5"].rows[0][0] == "Fine-Tuning"
+    assert {(1, column) for column in range(1, 5)} <= tables["Table 5"].best
+    assert not {(0, column) for column in range(1, 5)} & tables["Table 5"].best
     assert row(tables["Table 5"], "Merging") == row(tables["Table 2"], "Merging")
 
 
@@ -112,6 +116,9 @@ def test_latex_and_html_show_every_sign_as_it_is() -> None:
 def test_the_best_is_bold_in_latex_and_html(tables: dict[str, Table]) -> None:
     assert r"\textbf{101.00}" in to_latex(tables["Table 2"])
     assert "<td class=best>101.00</td>" in to_html(tables["Table 2"])
+    assert r"\underline{97.90}" in to_latex(tables["Table 2"])
+    assert "<td class=second>97.90</td>" in to_html(tables["Table 2"])
+    assert "<ins>97.90</ins>" in to_markdown(tables["Table 2"])
 
 
 def test_without_stored_items_there_are_no_intervals(make_run: MakeRun) -> None:

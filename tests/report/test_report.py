@@ -195,6 +195,17 @@ def test_a_method_looks_the_same_in_every_report(make_run: MakeRun, tmp_path: Pa
         assert "#0072b2" not in drawn
 
 
+def test_long_names_fit_into_the_legend(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("experts", "expert"), make_run("other", "mera", profile="tiny")]
+    runs += [make_run(f"own-{n}", "my-own-method", percent=float(n)) for n in (4, 5)]
+    report = write_report(runs, tmp_path / "out")
+    for name in ("gains.png", "scores.png"):
+        with Image.open(report.folder / name) as image:
+            for column in (0, image.width - 1):
+                edge = image.convert("L").crop((column, 0, column + 1, image.height))
+                assert edge.getextrema() == (255, 255)
+
+
 def test_stage_1_is_compared_with_its_expert_over_all_seeds(
     make_run: MakeRun, tmp_path: Path
 ) -> None:
