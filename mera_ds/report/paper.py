@@ -40,8 +40,8 @@ def paper_tables(section: Section, costs: Mapping[Path, Cost]) -> list[Table]:
 
 _UNEQUAL = "n/a: nothing is measured yet, or not over the same stages with and without realigning."
 _NOTHING = ("-", "+0.00", "-0.00")
-_RANKS = "Not in plain text: best of a column in bold, second best underlined."
-_BETTER = "Not in plain text: improvements in bold, which are a higher mean and a lower deviation."
+_RANKS = "Best of a column in bold, second best underlined."
+_BETTER = "In bold what realigning improves: a higher mean, a lower deviation."
 _COUNTS = ("Trained\nM", "Added\nM")
 _GENERATION = ("Generation\nGB", "Generation\ns/text", "Generation\nms/token")
 Rows = Mapping[str, Mapping[tuple[str, ...], Progress]]
@@ -70,7 +70,7 @@ def _gains(section: Section, groups: Sequence[Group], title: str) -> Table:
             second |= {(row, column + 2 * place) for row in next_best}
     means = [entry.mean for by_order in found.values() for entry in by_order.values()]
     partial = [PARTIAL] if any(0 < mean.runs < mean.total for mean in means) else []
-    notes = (_BACKWARD, _RANKS, *partial, *_order_notes(section, orders), *_origin(section))
+    notes = (_BACKWARD, *partial, *_order_notes(section, orders), *_origin(section))
     return Table(
         f"{title} (%), profile {section.profile}",
         ("Method", *_headers(section, orders)),
@@ -79,6 +79,7 @@ def _gains(section: Section, groups: Sequence[Group], title: str) -> Table:
         1,
         frozenset(best),
         frozenset(second),
+        _RANKS,
     )
 
 
@@ -230,10 +231,10 @@ def _improvements(section: Section, pairs: Sequence[tuple[Group, Group]]) -> Tab
             best |= {(len(rows), 1 + place) for place in better}
             rows.append((f"+ Realigning: {name}", *cells))
     unequal = [_UNEQUAL] if any("n/a" in cell for row in rows for cell in row) else []
-    notes = (_BACKWARD, _BETTER, *unequal, *_order_notes(section, orders), *_origin(section))
+    notes = (_BACKWARD, *unequal, *_order_notes(section, orders), *_origin(section))
     title = f"Table 5: realigning after any method (%), profile {section.profile}"
     header = ("Method", *_headers(section, orders))
-    return Table(title, header, tuple(rows), notes, 1, frozenset(best))
+    return Table(title, header, tuple(rows), notes, 1, frozenset(best), marks=_BETTER)
 
 
 def _changes(plain: Progress | None, realigned: Progress | None) -> tuple[str, str]:

@@ -24,6 +24,13 @@ class Table:
     """Row and column of cells to set in bold."""
     second: frozenset[tuple[int, int]] = frozenset()
     """Of cells to underline."""
+    marks: str = ""
+    """What bold and underlined say: a note wherever they are seen, which is not in plain text."""
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """Return the notes, with that on the marks."""
+        return (self.marks, *self.notes) if self.marks else self.notes
 
     def mark(self, row: int, column: int) -> str:
         """Return how a cell stands out: `best`, `second` or not at all."""
@@ -77,7 +84,9 @@ def to_markdown(table: Table) -> str:
         for i, row in enumerate(table.rows)
     ]
     lines = [f"| {' | '.join(row)} |" for row in [header, rule, *rows]]
-    return "\n".join([f"### {table.title}", "", *lines, "", *(f"- {note}" for note in table.notes)])
+    return "\n".join(
+        [f"### {table.title}", "", *lines, "", *(f"- {note}" for note in table.all_notes)]
+    )
 
 
 def to_latex(table: Table) -> str:
@@ -101,7 +110,7 @@ def to_latex(table: Table) -> str:
             *lines,
             r"\bottomrule",
             r"\end{tabular}}",
-            rf"\caption{{{_latex(' '.join(map(_sentence, (table.title, *table.notes))))}}}",
+            rf"\caption{{{_latex(' '.join(map(_sentence, (table.title, *table.all_notes))))}}}",
             r"\end{table}",
         ]
     )
@@ -125,7 +134,7 @@ def to_html(table: Table) -> str:
             marked = f" class={mark}" if mark else ""
             cells.append(f"<td{marked}>{_escape(cell)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.all_notes)
     return (
         f'<figure class="table"><figcaption>{html.escape(table.title)}</figcaption>'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'

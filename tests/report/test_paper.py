@@ -10,7 +10,7 @@ from mera_ds.report import write_report
 from mera_ds.report.costs import run_costs
 from mera_ds.report.intervals import Intervals
 from mera_ds.report.paper import paper_tables
-from mera_ds.report.render import Table, to_html, to_latex, to_markdown
+from mera_ds.report.render import Table, to_html, to_latex, to_markdown, to_text
 from mera_ds.report.results import read_runs
 from mera_ds.report.summary import summarise
 
@@ -119,6 +119,9 @@ def test_the_best_is_bold_in_latex_and_html(tables: dict[str, Table]) -> None:
     assert r"\underline{97.90}" in to_latex(tables["Table 2"])
     assert "<td class=second>97.90</td>" in to_html(tables["Table 2"])
     assert "<ins>97.90</ins>" in to_markdown(tables["Table 2"])
+    for render in (to_latex, to_html, to_markdown):
+        assert "second best underlined" in render(tables["Table 2"])
+    assert "underlined" not in to_text(tables["Table 2"])
 
 
 def test_without_stored_items_there_are_no_intervals(make_run: MakeRun) -> None:
