@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mera_ds.errors import InputError
 from mera_ds.files import write_bytes
 from mera_ds.report.board import write_board
 from mera_ds.report.costs import run_costs
@@ -66,9 +67,12 @@ def write_report(runs: Sequence[Path], out: Path) -> Report:
     never compared. An unfinished run is shown as far as it has got.
 
     Raises:
-        InputError: if a folder is no run, is given twice, or no run has a result yet.
+        InputError: if a folder is no run, is given twice, or no run has a result yet; if `out` is
+            the folder of a run.
         DataError: if a `results.jsonl` is not what `evaluate` writes.
     """
+    if (out / "config.yaml").exists():
+        raise InputError(f"{out} is a run, whose TensorBoard would be lost; give another --out")
     found = read_runs(runs)
     sections = summarise(found)
     costs = run_costs(found)

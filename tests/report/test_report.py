@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mera_ds.errors import InputError
 from mera_ds.evaluate.predictions import WITHOUT_MEDIA
 from mera_ds.report import write_report
 from mera_ds.report.render import WIDTH, Table, to_text
@@ -100,6 +101,15 @@ def test_tensorboard_shows_the_gains(make_run: MakeRun, tmp_path: Path) -> None:
     assert [(event.step, round(event.value, 2)) for event in events] == [
         *((1, 100.0), (2, 96.27), (3, 105.57), (4, 102.17)),
     ]
+
+
+def test_a_run_is_no_place_for_a_report(make_run: MakeRun) -> None:
+    run = make_run("mera", "mera")
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard" / "losses").write_text("kept")
+    with pytest.raises(InputError, match="is a run, whose TensorBoard would be lost"):
+        write_report([run], run)
+    assert (run / "tensorboard" / "losses").read_text() == "kept"
 
 
 def test_csv_holds_unrounded_values(make_run: MakeRun, tmp_path: Path) -> None:
