@@ -118,7 +118,7 @@ def gains_figure(sections: Sequence[Section]) -> Picture:
             axes.set_xlabel("Stage")
             axes.set_title(f"{gain.capitalize()} Relative Gain", loc="left")
         panels[0].set_ylabel("% of the expert")
-        _finish(figure, 2.4, [*_handles(looks, partial, names), _rule("expert (100 %)", "-")])
+        _finish(figure, 2.7, [*_handles(looks, partial, names), _rule("expert (100 %)", "-")])
         return _picture(figure)
 
 

@@ -34,7 +34,7 @@ def provenance_table(section: Section, costs: Mapping[Path, Cost]) -> Table:
         "Training data and the commit that trained are those of the stage; -: not recorded. "
         "Commit: that of the evaluation.",
     )
-    return Table(f"Provenance, profile {section.profile}", _HEADER, tuple(rows), notes, 1)
+    return Table(f"Provenance, profile {section.profile}", _HEADER, tuple(rows), notes, 2)
 
 
 def provenance_csv(sections: Sequence[Section], costs: Mapping[Path, Cost]) -> str:
