@@ -1,7 +1,7 @@
 """Confidence intervals of a section's scores and gains (see `mera_ds.report.bootstrap`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -49,7 +49,11 @@ class Intervals:
 
         As in `average_progress`, of the runs that got as far.
         """
-        furthest = [found for group in groups if (found := _that_far(group, stages))]
+        parts = [
+            group.part([table.finished_stages >= stages for table in group.tables])
+            for group in groups
+        ]
+        furthest = [part for part in parts if part is not None]
         return self._averaged(furthest, gain, range(1, stages + 1))
 
     def modality_gain(self, group: Group, stage: int, modality: str) -> Interval | None:
@@ -97,16 +101,3 @@ class Intervals:
         if not known or len(known) < len(found) or min(float(v.min()) for v in known) <= 0:
             raise _Unknown
         return np.asarray(np.mean(known, axis=0))
-
-
-def _that_far(group: Group, stages: int) -> Group | None:
-    """Return a group with those of its runs that have finished so many stages."""
-    pairs = [
-        (run, table)
-        for run, table in zip(group.runs, group.tables, strict=True)
-        if table.finished_stages >= stages
-    ]
-    if not pairs:
-        return None
-    runs, tables = zip(*pairs, strict=True)
-    return replace(group, runs=runs, tables=tables)

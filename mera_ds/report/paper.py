@@ -38,7 +38,10 @@ def paper_tables(section: Section, costs: Mapping[Path, Cost]) -> list[Table]:
     return tables
 
 
-_UNEQUAL = "n/a: nothing is measured yet, or not over the same stages with and without realigning."
+_UNEQUAL = (
+    "n/a: with and without realigning not measured over the same stages, or with no seed alike."
+)
+_SEEDS = "What realigning adds is measured over the seeds that were run with and without it."
 _NOTHING = ("-", "+0.00", "-0.00")
 _RANKS = "Best of a column in bold, second best underlined."
 _BETTER = "In bold what realigning improves: a higher mean, a lower deviation."
@@ -220,8 +223,8 @@ def _improvements(section: Section, pairs: Sequence[tuple[Group, Group]]) -> Tab
         before = {plain.order: plain.progress("backward") for plain, _ in same}
         rows.append((label, *(cell for order in orders for cell in _cells(before.get(order)))))
         for name in dict.fromkeys(realigned.label for _, realigned in same):
-            after = {r.order: r.progress("backward") for _, r in same if r.label == name}
-            changes = [_changes(before.get(order), after.get(order)) for order in orders]
+            by_order = {pair[1].order: pair for pair in same if pair[1].label == name}
+            changes = [_changes(by_order.get(order)) for order in orders]
             cells = [cell for pair in changes for cell in pair]
             better = {
                 place
@@ -230,17 +233,26 @@ def _improvements(section: Section, pairs: Sequence[tuple[Group, Group]]) -> Tab
             }
             best |= {(len(rows), 1 + place) for place in better}
             rows.append((f"+ Realigning: {name}", *cells))
+    seeds = [_SEEDS] if any(plain.seeds != realigned.seeds for plain, realigned in pairs) else []
     unequal = [_UNEQUAL] if any("n/a" in cell for row in rows for cell in row) else []
-    notes = (_BACKWARD, *unequal, *_order_notes(section, orders), *_origin(section))
+    notes = (_BACKWARD, *seeds, *unequal, *_order_notes(section, orders), *_origin(section))
     title = f"Table 5: realigning after any method (%), profile {section.profile}"
     header = ("Method", *_headers(section, orders))
     return Table(title, header, tuple(rows), notes, 1, frozenset(best), marks=_BETTER)
 
 
-def _changes(plain: Progress | None, realigned: Progress | None) -> tuple[str, str]:
-    """Return what realigning adds to mean and deviation, over equally many stages."""
-    if plain is None or realigned is None:
+def _changes(pair: tuple[Group, Group] | None) -> tuple[str, str]:
+    """Return what realigning adds to mean and deviation, over equally many stages.
+
+    Of runs with several seeds, over the seeds that both have.
+    """
+    if pair is None:
         return "-", "-"
+    seeds = pair[0].seeds & pair[1].seeds
+    before, after = (group.part([run.config.seed in seeds for run in group.runs]) for group in pair)
+    if before is None or after is None:
+        return "n/a", "n/a"
+    plain, realigned = before.progress("backward"), after.progress("backward")
     if plain.finished != realigned.finished:
         return "n/a", "n/a"
     pairs = ((plain.mean, realigned.mean), (plain.deviation, realigned.deviation))

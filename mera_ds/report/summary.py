@@ -2,7 +2,8 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 
 from mera_ds.report.gains import (
     GainUndefined,
@@ -45,6 +46,19 @@ class Group:
     def last_stage(self) -> int:
         """Return the last stage that any of the runs has a score of."""
         return max(run.last_stage for run in self.runs)
+
+    @property
+    def seeds(self) -> set[int]:
+        """Return the seeds of the runs."""
+        return {run.config.seed for run in self.runs}
+
+    def part(self, kept: Sequence[bool]) -> "Group | None":
+        """Return the group with those of its runs that are kept; None if it is none of them."""
+        pairs = list(compress(zip(self.runs, self.tables, strict=True), kept))
+        if not pairs:
+            return None
+        runs, tables = zip(*pairs, strict=True)
+        return replace(self, runs=runs, tables=tables)
 
     def score(self, stage: int, column: Column) -> Mean:
         """Return the mean score over the runs."""
@@ -221,6 +235,14 @@ class Section:
                 "Not run in every order, so means over orders are not over the same ones: "
                 f"{listed}."
             )
+        seeds = {seed for group in self.groups for seed in group.seeds}
+        fewer = {group.label: group.seeds for group in self.groups if group.seeds != seeds}
+        if fewer:
+            listed = "; ".join(f"{label} ({_joined(own)} only)" for label, own in fewer.items())
+            found.append(
+                f"Not run with every seed ({_joined(seeds)}), so means over seeds are not over the "
+                f"same ones: {listed}."
+            )
         return found
 
     def _unfinished(self) -> list[str]:
@@ -314,6 +336,10 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
     settings = [run.settings for run in runs]
     keys = dict.fromkeys(key for each in settings for key in each)
     return [key for key in keys if len({each.get(key) for each in settings}) > 1]
+
+
+def _joined(seeds: set[int]) -> str:
+    return ", ".join(map(str, sorted(seeds)))
 
 
 def _expert_score(run: Run, column: Column) -> Score | None:

@@ -90,7 +90,20 @@ def test_tables_2_and_5_say_what_is_not_measured_yet(make_run: MakeRun) -> None:
     assert row(tables["Table 2"], "Fine-Tuning + Realign")[0].endswith(" (3 of 4 stages)")
     assert any(note.startswith("(1/2): ") for note in tables["Table 2"].notes)
     assert row(tables["Table 5"], "+ Realigning: Fine-Tuning + Realign") == ("n/a", "n/a")
-    assert any("not over the same stages" in note for note in tables["Table 5"].notes)
+    assert any("not measured over the same stages" in note for note in tables["Table 5"].notes)
+
+
+def test_table_5_compares_equal_seeds(make_run: MakeRun) -> None:
+    folders = [make_run("experts", "expert"), make_run("seed-0", "finetune", "finetune")]
+    folders.append(make_run("seed-1", "finetune", "finetune", seed=1, scale=0.5))
+    folders.append(make_run("realign", "realign", "pathweave"))
+    runs = read_runs(folders)
+    (section,) = summarise(runs)
+    tables = {table.title[:7]: table for table in paper_tables(section, run_costs(runs))}
+    change = row(tables["Table 5"], "+ Realigning: Fine-Tuning + Realign")
+    assert float(change[0]) == pytest.approx(86.85 - 59.76, abs=0.011)
+    assert any("over the seeds that" in note for note in tables["Table 5"].notes)
+    assert any("(0, 1)" in text and "(0 only)" in text for text in section.warnings())
 
 
 def test_a_method_that_the_paper_has_not_keeps_its_name(make_run: MakeRun, tmp_path: Path) -> None:
