@@ -12,9 +12,10 @@ from mera_ds.report.summary import Group, Section
 from mera_ds.report.tables import PARTIAL, limits_note, measurement_notes, of_runs
 
 _BACKWARD = (
-    "Backward Relative Gain in %: mean over the modalities learnt before a stage of S/S_expert. "
-    "Mean and Std (sample standard deviation, n - 1) over the stages that are done; stage 1 counts "
-    "as 100 %. Several runs of a method (seeds): Mean ± their sample standard deviation."
+    "Backward Relative Gain in %: mean over the modalities learnt before a stage of S/S_expert, of "
+    "the same seed where there is such an expert. Mean and Std (sample standard deviation, n - 1) "
+    "over the stages that are done; stage 1 counts as 100 %. Several runs of a method (seeds): "
+    "Mean ± their sample standard deviation."
 )
 
 

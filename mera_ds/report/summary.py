@@ -99,7 +99,7 @@ class Section:
     limits: str
     groups: tuple[Group, ...]
     experts: tuple[Run, ...]
-    """Expert runs; the upper bound is the mean of their scores."""
+    """Expert runs; the upper bound of a run are those of its seed (see `bounding`)."""
 
     @property
     def runs(self) -> list[Run]:
@@ -223,9 +223,7 @@ class Section:
                 found.append(f"{label}: {len(runs)} runs, but only {len(seeds)} different seed(s).")
         differing = differing_settings(self.experts)
         if differing:
-            found.append(
-                f"The experts differ in {', '.join(differing)}; the upper bound is their mean."
-            )
+            found.append(f"The experts differ in {', '.join(differing)}.")
         some = {group.label: self.some_orders(group.label) for group in self.groups}
         if any(some.values()):
             listed = "; ".join(
@@ -277,11 +275,11 @@ def summarise(runs: Sequence[Run]) -> list[Section]:
 
 
 def score_table(run: Run, experts: Sequence[Run], name: str) -> ScoreTable:
-    """Put a run's scores beside the mean scores of the experts."""
+    """Put a run's scores beside those of the experts that it is measured by (see `bounding`)."""
     bounds: dict[Column, float] = {}
     incomparable: dict[tuple[int, str, str], str] = {}
     for column in dict.fromkeys(key[1:] for expert in experts for key in expert.scores):
-        scores = [score for expert in experts if (score := _expert_score(expert, column))]
+        scores = [score for _, score in bounding(run, experts, column)]
         bounds[column] = statistics.fmean(score.score for score in scores)
         for key, score in run.scores.items():
             other = next((s for s in scores if s.yardstick != score.yardstick), None)
@@ -289,6 +287,15 @@ def score_table(run: Run, experts: Sequence[Run], name: str) -> ScoreTable:
                 incomparable[key] = _difference(score, other)
     values = {key: score.score for key, score in run.scores.items()}
     return ScoreTable(name, run.config.order, values, bounds, incomparable)
+
+
+def bounding(run: Run, experts: Sequence[Run], column: Column) -> list[tuple[Run, Score]]:
+    """Return whose mean score a run's is divided by: of the experts of its seed, else of all.
+
+    So stage 1, which is what the expert of the same seed is, keeps to its 100 %.
+    """
+    found = [(expert, score) for expert in experts if (score := _expert_score(expert, column))]
+    return [pair for pair in found if pair[0].config.seed == run.config.seed] or found
 
 
 def _section(profile: str, runs: Sequence[Run]) -> Section:

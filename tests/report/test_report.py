@@ -173,7 +173,21 @@ def test_seeds_are_averaged_and_counted(make_run: MakeRun, tmp_path: Path) -> No
     gains = table_of(report.text, "Backward Relative Gain by")
     assert line_of(gains, "MERA(10%)")[2:6] == ["2", "4/4", "100.00", "77.01"]
     assert line_of(gains, "MERA(10%)")[6:10] == ["105.57", "(1/2)", "102.17", "(1/2)"]
-    assert "stage 1 counts as 100 %" in report.text
+    assert "stage 1 counts as 100 %" in " ".join(report.text.split())
+
+
+def test_a_run_is_measured_by_the_expert_of_its_seed(make_run: MakeRun, tmp_path: Path) -> None:
+    """A second seed, weaker in everything, changes no gain: not of those without it either."""
+    runs = [make_run("experts-0", "expert"), make_run("experts-1", "expert", seed=1, scale=0.8)]
+    runs += [make_run("mera-0", "mera"), make_run("mera-1", "mera", seed=1, scale=0.8)]
+    runs.append(make_run("tune", "finetune", "finetune"))
+    report = write_report(runs, tmp_path / "out")
+    table = table_of(report.text, "Table 2")
+    assert line_of(table, "MERA(10%)")[1:] == ["101.00", "±", "0.00", "3.90"]
+    assert line_of(table, "Fine-Tuning")[1:] == ["59.76", "27.23"]
+    text = " ".join(report.text.split())
+    assert "Stage 1 counts as 100 %, as in" not in text
+    assert "expert of audio/caption (60.14) is weaker than 2 model(s)" in text
 
 
 def test_what_is_missing_is_said(make_run: MakeRun, tmp_path: Path) -> None:
