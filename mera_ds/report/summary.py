@@ -236,7 +236,9 @@ class Section:
         seeds = {seed for group in self.groups for seed in group.seeds}
         fewer = {group.label: group.seeds for group in self.groups if group.seeds != seeds}
         if fewer:
-            listed = "; ".join(f"{label} ({_joined(own)} only)" for label, own in fewer.items())
+            listed = "; ".join(
+                f"{label} (seed {_joined(own)} only)" for label, own in fewer.items()
+            )
             found.append(
                 f"Not run with every seed ({_joined(seeds)}), so means over seeds are not over the "
                 f"same ones: {listed}."

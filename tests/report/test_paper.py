@@ -103,7 +103,7 @@ def test_table_5_compares_equal_seeds(make_run: MakeRun) -> None:
     change = row(tables["Table 5"], "+ Realigning: Fine-Tuning + Realign")
     assert float(change[0]) == pytest.approx(86.85 - 59.76, abs=0.011)
     assert any("over the seeds that" in note for note in tables["Table 5"].notes)
-    assert any("(0, 1)" in text and "(0 only)" in text for text in section.warnings())
+    assert any("(0, 1)" in text and "(seed 0 only)" in text for text in section.warnings())
 
 
 def test_a_method_that_the_paper_has_not_keeps_its_name(make_run: MakeRun, tmp_path: Path) -> None:
