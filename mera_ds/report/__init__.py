@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mera_ds.errors import InputError
 from mera_ds.files import write_bytes
 from mera_ds.report.board import write_board
+from mera_ds.report.costs import run_costs
 from mera_ds.report.figures import Picture, gains_figure, scores_figure
 from mera_ds.report.intervals import Intervals
 from mera_ds.report.page import page_html
 from mera_ds.report.paper import paper_tables
-from mera_ds.report.provenance import provenance_csv
+from mera_ds.report.provenance import provenance_csv, provenance_table
 from mera_ds.report.render import Table, to_latex, to_markdown, to_text, wrap
 from mera_ds.report.results import read_runs
 from mera_ds.report.summary import Section, summarise
@@ -20,8 +22,9 @@ __all__ = ["Report", "write_report"]
 
 GAINS, SCORES = "gains", "scores"
 _CAPTIONS = {
-    GAINS: "Figures 2 and 3: Backward and Forward Relative Gain by stage, in % of the expert",
-    SCORES: "Score of every task by stage",
+    GAINS: "Figures 2 and 3: Backward and Forward Relative Gain by stage, in % of the expert: "
+    "means over orders and seeds (bars: standard deviation over seeds, where there is one order)",
+    SCORES: "Score of every task by stage: means over seeds (bars: their standard deviation)",
 }
 
 
@@ -42,6 +45,7 @@ class _Part:
     section: Section
     tables: tuple[Table, ...]
     intervals: Intervals
+    provenance: Table
 
     @property
     def warnings(self) -> list[str]:
@@ -63,23 +67,27 @@ def write_report(runs: Sequence[Path], out: Path) -> Report:
     never compared. An unfinished run is shown as far as it has got.
 
     Raises:
-        InputError: if a folder is no run, is given twice, or no run has a result yet.
+        InputError: if a folder is no run, is given twice, or no run has a result yet; if `out` is
+            the folder of a run.
         DataError: if a `results.jsonl` is not what `evaluate` writes.
     """
+    if (out / "config.yaml").exists():
+        raise InputError(f"{out} is a run, whose TensorBoard would be lost; give another --out")
     found = read_runs(runs)
     sections = summarise(found)
+    costs = run_costs(found)
     parts = []
     for section in sections:
         intervals = Intervals(section)
-        tables = (*paper_tables(section, found), *section_tables(section, intervals))
-        parts.append(_Part(section, tables, intervals))
+        tables = (*paper_tables(section, costs), *section_tables(section, intervals))
+        parts.append(_Part(section, tables, intervals, provenance_table(section, costs)))
     figures = _figures(sections)
     files = {
         "report.md": _markdown(parts, list(figures)).encode(),
         "report.html": _page(parts, figures).encode(),
         "tables.tex": _latex(parts).encode(),
         "tables.csv": to_csv([(part.section, part.intervals) for part in parts]).encode(),
-        "provenance.csv": provenance_csv(sections).encode(),
+        "provenance.csv": provenance_csv(sections, costs).encode(),
         **{f"{name}.png": picture.png for name, picture in figures.items()},
         **{f"{name}.svg": picture.svg for name, picture in figures.items()},
     }
@@ -117,17 +125,17 @@ def _markdown(parts: Sequence[_Part], figures: Sequence[str]) -> str:
 
 
 def _latex(parts: Sequence[_Part]) -> str:
-    head = "% Needs \\usepackage{booktabs}; wide tables fit with \\resizebox.\n\n"
+    head = "% Needs \\usepackage{booktabs,graphicx}.\n\n"
     return head + "\n\n".join(to_latex(table) for part in parts for table in part.tables) + "\n"
 
 
 def _page(parts: Sequence[_Part], figures: dict[str, Picture]) -> str:
-    remarks = [
-        [*(f"Warning: {warning}" for warning in part.warnings), *_hints(part.section)]
-        for part in parts
-    ]
+    shown = []
+    for part in parts:
+        remarks = [*(f"Warning: {warning}" for warning in part.warnings), *_hints(part.section)]
+        shown.append((part.section, part.tables, remarks, part.provenance))
     return page_html(
-        [(part.section, part.tables, lines) for part, lines in zip(parts, remarks, strict=True)],
+        shown,
         [(_CAPTIONS[name], picture) for name, picture in figures.items()],
     )
 

@@ -33,6 +33,8 @@ class Cost:
     generate_memory_gb: float | None
     hardware: tuple[str, ...]
     """Machines that the run computed on."""
+    commits: Mapping[int, tuple[str, ...]]
+    """Of the code that trained each stage, as far as it was recorded."""
 
 
 def run_costs(runs: Sequence[Run]) -> dict[Path, Cost]:
@@ -89,6 +91,7 @@ def _cost(run: Run, own: _Log, logs: Sequence[_Log]) -> Cost:
     seconds: list[float | None] = []
     memory: list[float] = []
     machines: list[str] = []
+    commits: dict[int, dict[str, None]] = {}
     for step in steps:
         if not isinstance(step, TrainStep | FisherStep):
             continue
@@ -100,7 +103,9 @@ def _cost(run: Run, own: _Log, logs: Sequence[_Log]) -> Cost:
         else:
             seconds.append(_seconds(rows) * process.get("ranks", 1) if len(rows) > 1 else None)
         memory += [row["memory_gb"] for row in rows]
-        machines += [process["hardware"]] if process else []
+        if process:
+            machines.append(process["hardware"])
+            commits.setdefault(step.stage, {})[process["commit"]] = None
     known = [entry for entry in seconds if entry is not None]
     said = [row for name, rows in own.rows.items() if name.startswith("generate/") for row in rows]
     counted = [row for row in said if "tokens" in row]  # older rows have none
@@ -113,6 +118,7 @@ def _cost(run: Run, own: _Log, logs: Sequence[_Log]) -> Cost:
         batch_sizes=tuple(sorted({row["batch_size"] for row in counted})),
         generate_memory_gb=max((row["memory_gb"] for row in said), default=None),
         hardware=tuple(dict.fromkeys(machines)),
+        commits={stage: tuple(found) for stage, found in commits.items()},
     )
 
 

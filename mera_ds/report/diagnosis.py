@@ -1,6 +1,7 @@
 """The table and the figure of `mera-ds diagnose`. Imports no torch."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mera_ds.evaluate.findings import Finding
+from mera_ds.report.figures import COLUMN_INCHES
 from mera_ds.report.render import Table
 
 _NOTES = (
@@ -20,6 +22,7 @@ _NOTES = (
     "norm; cosine of the hidden states with those of (c). Means over the blocks.",
 )
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = ("-", "--", "-.", ":", "-", "--")
 
 
 def diagnosis_table(findings: Sequence[Finding], title: str) -> Table:
@@ -50,22 +53,29 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def diagnosis_figure(findings: Sequence[Finding], title: str) -> bytes:
-    """Draw as PNG what each old modality has lost by stage, and the drift block by block."""
+    """Draw as PNG what each old modality has lost by stage, and the drift block by block.
+
+    One printed column wide.
+    """
     last = max(entry.stage for entry in findings)
     newest = [entry for entry in findings if entry.stage == last and entry.learnt_at < last]
-    with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 7, "figure.dpi": 200}):
-        figure = Figure(figsize=(7.0, 2.6), layout="constrained")
+    with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 7, "figure.dpi": 300}):
         folded = all(entry.weight_drift for entry in newest)
-        lost, states, *others = figure.subplots(1, 3 if folded else 2)
+        rows = 3 if folded else 2
+        figure = Figure(figsize=(COLUMN_INCHES, 0.4 + 1.6 * rows), layout="constrained")
+        lost, states, *others = figure.subplots(rows, 1)
         _draw_losses(lost, [entry for entry in findings if entry.learnt_at < entry.stage])
         cosines = {entry.modality: list(entry.cosines) for entry in newest}
-        _draw_blocks(states, cosines, "cosine of hidden states")
+        _draw_blocks(states, cosines, "cosine of\nhidden states")
         for weights in others:
             drifts = {e.modality: [100 * value for value in e.weight_drift] for e in newest}
-            _draw_blocks(weights, drifts, "change of weights since learnt, %")
+            _draw_blocks(weights, drifts, "change of weights\nsince learnt, %")
+        (states, *others)[-1].set_xlabel(f"block, at stage {last}")
+        for axes in (lost, states):
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
         for axes in (lost, states, *others):
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        figure.align_ylabels()
         figure.suptitle(title, x=0.01, ha="left", fontsize=7)
         target = io.BytesIO()
         FigureCanvasAgg(figure).print_png(target, metadata={"Software": None})
@@ -76,20 +86,21 @@ def _draw_losses(axes: Axes, findings: Sequence[Finding]) -> None:
     """Draw two bars per old modality and stage, which add up to what it has lost."""
     names = [f"{entry.modality}\nstage {entry.stage}" for entry in findings]
     places = range(len(findings))
-    for shift, label, values in (
-        (-0.2, "misaligned", [entry.misalignment for entry in findings]),
-        (0.2, "forgotten", [entry.forgetting for entry in findings]),
+    for shift, label, colour, values in (
+        (-0.2, "misaligned", "#B3B3B3", [entry.misalignment for entry in findings]),
+        (0.2, "forgotten", "#404040", [entry.forgetting for entry in findings]),
     ):
-        colour = COLOURS[0 if shift < 0 else 1]
         axes.bar([place + shift for place in places], values, 0.4, label=label, color=colour)
     axes.axhline(0, color="#555555", linewidth=0.6)
-    axes.set_xticks(list(places), names, rotation=90 if len(names) > 3 else 0)
+    crowded = len(names) * max((len(entry.modality) for entry in findings), default=0) > 48
+    axes.set_xticks(list(places), names, rotation=90 if crowded else 0)
     axes.set_ylabel("loss per token")
 
 
 def _draw_blocks(axes: Axes, lines: Mapping[str, Sequence[float]], label: str) -> None:
-    for (name, values), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
+    looks = itertools.cycle(zip(COLOURS, LINES, strict=True))
+    for (name, values), (colour, line) in zip(lines.items(), looks, strict=False):
         places = range(1, len(values) + 1)
-        axes.plot(places, values, color=colour, label=name, linewidth=1.0)
+        axes.plot(places, values, line, color=colour, label=name, linewidth=1.0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel=f"block, at stage {len(lines) + 1}", ylabel=label)
+    axes.set_ylabel(label)

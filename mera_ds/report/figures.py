@@ -6,7 +6,7 @@ Readable at the width of one printed column and in grey: every method has its ow
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mera_ds.report.gains import Mean
+from mera_ds.report.labels import paper_labels
 from mera_ds.report.results import METRICS
 from mera_ds.report.summary import GAINS, Column, Section
 
 COLUMN_INCHES = 3.5
-PAGE_INCHES = 7.0
+_HALF_COLUMN = 25
+"""Letters of a legend that fit beside a second column of it."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,14 @@ class Picture:
 
 _LONG: Any = (0, (6, 1))
 _MIXED: Any = (0, (4, 1, 1, 1, 1, 1))
-_Look = tuple[str, Any, str]
+_Style = tuple[str, Any, str]
 """Marker, line style, colour."""
-_Looks = dict[tuple[str, str], _Look]
-_LOOKS: tuple[_Look, ...] = (
+_Look = tuple[*_Style, float]
+"""With how far it stands aside, in stages, so that equal values don't hide each other."""
+_Name = tuple[str, str]
+"""Profile and label of a method."""
+_Looks = dict[_Name, _Look]
+_LOOKS: tuple[_Style, ...] = (
     ("o", "-", "#0072B2"),
     ("s", "--", "#D55E00"),
     ("^", "-.", "#009E73"),
@@ -80,76 +86,86 @@ _STYLE: dict[str, Any] = {
 }
 _RULE = "#555555"
 _DOTS: Any = (0, (1, 1))
-_UNITS = {"caption": "CIDEr × 100", "qa": "Accuracy (0 to 1)"}
+_UNITS = {"caption": "CIDEr × 100", "qa": "Accuracy"}
 
 
 def gains_figure(sections: Sequence[Section]) -> Picture:
     """Draw Backward (left) and Forward (right) Relative Gain by stage, averaged over orders.
 
-    A hollow marker is a mean over some of the runs only: the others have no value there. Bars are
-    the sample standard deviation over orders, or over seeds where there is one order.
+    A hollow marker is a mean over some of the runs only: the others have no value there. A method
+    without a run in some order is named with those it has. Bars are the sample standard deviation
+    over seeds, where a method has one order.
     """
     looks = _looks(sections)
     partial = False
+    names: dict[_Name, str] = {}
     with mpl.rc_context(_rc()):
-        figure = Figure(figsize=(COLUMN_INCHES, 2.3 + 0.13 * len(looks)), layout="constrained")
+        figure = Figure(figsize=(COLUMN_INCHES, 1), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, gain in zip(panels, GAINS, strict=True):
-            axes.axhline(100, color=_RULE, linewidth=0.8, linestyle=_DOTS)
+            axes.axhline(100, color=_RULE, linewidth=0.8)
             for section in sections:
                 rows = section.gains(gain) if section.experts else []
-                for label, progress in {row.label: row.progress for row in rows}.items():
-                    look = looks[section.profile, label]
-                    partial |= _line(axes, progress.stages, look)
-                    _spreads(axes, progress.stages, look)
+                for row in {row.label: row for row in rows}.values():
+                    look = looks.get((section.profile, row.label))
+                    if look is None:  # nothing is measured yet
+                        continue
+                    spreads = row.order is not None
+                    partial |= _line(axes, row.progress.stages, look, spreads=spreads)
+                    some = section.some_orders(row.label)
+                    names[section.profile, row.label] = f"{row.label} ({some})" if some else ""
             _number_stages(axes, max(len(order) for s in sections for order in s.orders))
             axes.set_xlabel("Stage")
             axes.set_title(f"{gain.capitalize()} Relative Gain", loc="left")
         panels[0].set_ylabel("% of the expert")
-        figure.legend(
-            handles=[*_handles(looks, partial), _rule("expert (100 %)", _DOTS)],
-            loc="outside lower center",
-            ncols=2,
-        )
+        _finish(figure, 2.7, [*_handles(looks, partial, names), _rule("expert (100 %)", "-")])
         return _picture(figure)
 
 
 def scores_figure(sections: Sequence[Section]) -> Picture:
-    """Draw each test set's score over the stages: a column a modality, a row a task and order.
+    """Draw each test set's score over the stages: a row a modality and order, a column a task.
 
     Bars are the sample standard deviation over runs, where a method has several (seeds).
     """
     looks = _looks(sections)
     partial = False
     grid = [
-        (section, order, task)
+        (section, order, modality)
         for section in sections
         for order in section.orders
-        for task in METRICS
-        if any(name == task for _, name in section.columns(order))
+        for modality in dict.fromkeys(modality for modality, _ in section.columns(order))
     ]
-    width = max(order.index(s.columns(order)[-1][0]) + 1 for s, order, _ in grid)
+    last = {(section.profile, order): modality for section, order, modality in grid}
+    measured = {task for section in sections for _, task in section.all_columns}
+    tasks = [task for task in METRICS if task in measured]
     with mpl.rc_context(_rc()):
-        inches = min(PAGE_INCHES, max(COLUMN_INCHES, PAGE_INCHES / 4 * width))
-        size = (inches, 0.7 + 1.3 * len(grid) + 0.13 * (len(looks) // 4))
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(len(grid), width, squeeze=False)
-        for row, (section, order, task) in zip(panels, grid, strict=True):
-            for axes, modality in itertools.zip_longest(row, order[:width]):
+        figure = Figure(figsize=(COLUMN_INCHES, 1), layout="constrained")
+        panels = figure.subplots(len(grid), len(tasks), squeeze=False)
+        for row, (section, order, modality) in zip(panels, grid, strict=True):
+            for axes, task in zip(row, tasks, strict=True):
                 axes.set_visible((modality, task) in section.columns(order))
                 if axes.get_visible():
                     partial |= _draw_scores(axes, section, order, (modality, task), looks)
-            which = f"{section.profile}, " if len(sections) > 1 else ""
-            several = len(section.orders) > 1
-            which += f"order {section.orders.index(order) + 1}\n" if several else ""
-            row[0].set_ylabel(f"{which}{_UNITS[task]}")
+                    axes.tick_params(labelbottom=modality == last[section.profile, order])
+            first = next(axes for axes in row if axes.get_visible())
+            first.set_ylabel(f"{modality}\n{first.get_ylabel()}")
+            if modality == section.columns(order)[0][0]:
+                first.set_title(_heading(sections, section, order), loc="left")
         for axes in panels[-1]:
             axes.set_xlabel("Stage")
-        handles = _handles(looks, partial)
+        figure.align_ylabels(panels)
+        handles = _handles(looks, partial, {})
         handles += [_rule("expert", "-")] if any(s.experts for s in sections) else []
         handles.append(_rule("majority class", _DOTS))
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, 2 * width))
+        _finish(figure, 0.3 + 1.1 * len(grid), handles)
         return _picture(figure)
+
+
+def _heading(sections: Sequence[Section], section: Section, order: tuple[str, ...]) -> str:
+    """Return what tells an order's panels from those of others; nothing if there is one."""
+    parts = [section.profile] if len(sections) > 1 else []
+    parts += [f"order {section.orders.index(order) + 1}"] if len(section.orders) > 1 else []
+    return ", ".join(parts)
 
 
 def _draw_scores(
@@ -163,35 +179,28 @@ def _draw_scores(
         axes.axhline(majority, color=_RULE, linewidth=0.8, linestyle=_DOTS)
     partial = False
     for group in section.groups:
-        if group.order == order:
+        if group.order == order and group.last_stage:
             means = [group.score(stage + 1, column) for stage in range(group.last_stage)]
-            look = looks[section.profile, group.label]
-            partial |= _line(axes, means, look)
-            _spreads(axes, means, look)
+            partial |= _line(axes, means, looks[section.profile, group.label])
     axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
     _number_stages(axes, len(order))
-    axes.set_title(column[0], loc="left")
+    axes.set_ylabel(_UNITS[column[1]])
     return partial
 
 
-def _line(axes: Axes, means: Sequence[Mean], look: _Look) -> bool:
+def _line(axes: Axes, means: Sequence[Mean], look: _Look, *, spreads: bool = True) -> bool:
     """Draw means of stages 1, 2, ...; return whether any is partial (its marker is hollow)."""
-    marker, style, colour = look
+    marker, style, colour, aside = look
     values = [math.nan if mean.value is None else mean.value for mean in means]
-    stages = range(1, len(means) + 1)
+    stages = [stage + aside for stage in range(1, len(means) + 1)]
     axes.plot(stages, values, linestyle=style, color=colour)
     partial = [mean.value is not None and mean.runs < mean.total for mean in means]
-    for stage, value, hollow in zip(stages, values, partial, strict=True):
+    for stage, mean, value, hollow in zip(stages, means, values, partial, strict=True):
         face = "white" if hollow else colour
         axes.plot([stage], [value], marker=marker, color=colour, markerfacecolor=face)
+        if spreads and mean.value is not None and mean.spread is not None:
+            axes.errorbar(stage, value, mean.spread, color=colour, linewidth=0.6, capsize=1.5)
     return any(partial)
-
-
-def _spreads(axes: Axes, means: Sequence[Mean], look: _Look) -> None:
-    """Draw the standard deviation of what was averaged (seeds, orders) as bars, if it is known."""
-    for stage, mean in enumerate(means, start=1):
-        if mean.value is not None and mean.spread is not None:
-            axes.errorbar(stage, mean.value, mean.spread, color=look[2], linewidth=0.6, capsize=1.5)
 
 
 def _number_stages(axes: Axes, count: int) -> None:
@@ -199,17 +208,27 @@ def _number_stages(axes: Axes, count: int) -> None:
     axes.set_xticks(range(1, count + 1))
 
 
-def _handles(looks: _Looks, partial: bool) -> list[Line2D]:
+def _handles(looks: _Looks, partial: bool, names: Mapping[_Name, str]) -> list[Line2D]:
+    """Return the legend's lines; `names` says what to call a method other than its label."""
     several = len({profile for profile, _ in looks}) > 1
     handles = []
-    for (profile, label), (marker, style, colour) in looks.items():
-        name = f"{profile}: {label}" if several else label
+    for key, (marker, style, colour, _) in looks.items():
+        name = names.get(key) or key[1]
+        name = f"{key[0]}: {name}" if several else name
         handles.append(Line2D([], [], marker=marker, linestyle=style, color=colour, label=name))
     if partial:
         hollow = Line2D([], [], marker="o", linestyle="", color=_RULE, markerfacecolor="white")
         hollow.set_label("hollow: some runs only")
         handles.append(hollow)
     return handles
+
+
+def _finish(figure: Figure, inches: float, handles: Sequence[Line2D]) -> None:
+    """Put the legend below the panels, which are so high together."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = 2 if longest <= _HALF_COLUMN else 1
+    figure.set_figheight(inches + 0.145 * -(-len(handles) // columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def _rule(name: str, style: Any) -> Line2D:
@@ -222,9 +241,26 @@ def _rc() -> Any:
 
 
 def _looks(sections: Sequence[Section]) -> _Looks:
-    """Return marker, line style and colour by (profile, label), the same in both figures."""
-    names = dict.fromkeys((s.profile, group.label) for s in sections for group in s.groups)
-    return {name: _LOOKS[number % len(_LOOKS)] for number, name in enumerate(names)}
+    """Return marker, line style and colour by (profile, label).
+
+    A method of the paper has the same look in every figure of every report; others take the looks
+    that are left.
+    """
+    shown = [(s.profile, group) for s in sections for group in s.groups if group.last_stage]
+    names = dict.fromkeys((profile, group.label) for profile, group in shown)
+    fixed = dict(zip(paper_labels(), _LOOKS, strict=False))
+    styles: dict[_Name, _Style] = {}
+    for profile, label in names:
+        if label in fixed and fixed[label] not in styles.values():
+            styles[profile, label] = fixed[label]
+    free = [style for style in _LOOKS if style not in fixed.values()]
+    free += [style for style in fixed.values() if style not in styles.values()]
+    left = itertools.cycle(free)
+    step = min(0.06, 0.4 / len(names)) if names else 0.0
+    return {
+        name: (*(styles.get(name) or next(left)), step * (place - (len(names) - 1) / 2))
+        for place, name in enumerate(names)
+    }
 
 
 def _picture(figure: Figure) -> Picture:

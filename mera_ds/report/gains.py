@@ -202,15 +202,16 @@ def expert_warnings(
                     f"({floor:.3f}): gains on this task say nothing about {modality}."
                 )
         stronger = [
-            (score, f"{table.name}, stage {key[0]}")
+            (score, f"{table.name}, stage {key[0]}", bound)
             for table in tables
+            if (bound := table.experts.get((modality, task))) is not None
             for key, score in table.scores.items()
-            if key[1:] == (modality, task) and score > expert and key not in table.incomparable
+            if key[1:] == (modality, task) and score > bound and key not in table.incomparable
         ]
         if stronger:
-            best, where = max(stronger)
+            best, where, bound = max(stronger)
             warnings.append(
-                f"The expert of {modality}/{task} ({expert:.4g}) is weaker than {len(stronger)} "
+                f"The expert of {modality}/{task} ({bound:.4g}) is weaker than {len(stronger)} "
                 f"model(s) compared with it (best: {where}, {best:.4g}): it is no upper bound."
             )
     return warnings

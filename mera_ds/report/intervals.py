@@ -8,6 +8,7 @@ import numpy as np
 
 from mera_ds.report.bootstrap import (
     Interval,
+    Key,
     Resampled,
     Values,
     backward,
@@ -16,7 +17,9 @@ from mera_ds.report.bootstrap import (
     relative,
     resample,
 )
-from mera_ds.report.summary import Column, Group, Section
+from mera_ds.report.gains import ScoreTable
+from mera_ds.report.results import Run
+from mera_ds.report.summary import Column, Group, Section, bounding
 
 _GAINS = {"backward": backward, "forward": forward}
 
@@ -45,8 +48,16 @@ class Intervals:
         return self._averaged(groups, gain, [stage])
 
     def mean_gain(self, groups: Sequence[Group], gain: str, stages: int) -> Interval | None:
-        """Return the interval of a gain's mean over the first stages, averaged over groups."""
-        return self._averaged(groups, gain, range(1, stages + 1))
+        """Return the interval of a gain's mean over all `stages`, averaged over groups.
+
+        As in `average_progress`, of the runs that got as far.
+        """
+        parts = [
+            group.part([table.finished_stages >= stages for table in group.tables])
+            for group in groups
+        ]
+        furthest = [part for part in parts if part is not None]
+        return self._averaged(furthest, gain, range(1, stages + 1))
 
     def modality_gain(self, group: Group, stage: int, modality: str) -> Interval | None:
         """Return the interval of the relative gain of one modality."""
@@ -70,24 +81,27 @@ class Intervals:
         )
 
     def _relative(self, group: Group, stage: int, modality: str) -> Values:
-        scores, experts = [], []
-        for task in group.tables[0].tasks(modality):
-            key = (stage, modality, task)
-            values = self._resampled.mean(group.runs, key)
-            if values is None or any(key in table.incomparable for table in group.tables):
-                raise _Unknown
-            scores.append(values)
-            experts.append(self._expert((modality, task)))
-        if not scores:
-            raise _Unknown
-        return relative(scores, experts)
-
-    def _expert(self, column: Column) -> Values:
+        tasks = group.tables[0].tasks(modality)
         found = [
-            self._resampled.scores.get((str(run.folder), key))
-            for run in self.section.experts
-            for key in run.scores
-            if key[1:] == column
+            self._run_relative(run, table, [(stage, modality, task) for task in tasks])
+            for run, table in zip(group.runs, group.tables, strict=True)
+            if tasks and all((stage, modality, task) in run.scores for task in tasks)
+        ]
+        if not found:
+            raise _Unknown
+        return np.asarray(np.mean(found, axis=0))
+
+    def _run_relative(self, run: Run, table: ScoreTable, keys: Sequence[Key]) -> Values:
+        scores = [self._resampled.scores.get((str(run.folder), key)) for key in keys]
+        known = [values for values in scores if values is not None]
+        if len(known) < len(keys) or any(key in table.incomparable for key in keys):
+            raise _Unknown
+        return relative(known, [self._expert(run, key[1:]) for key in keys])
+
+    def _expert(self, run: Run, column: Column) -> Values:
+        found = [
+            self._resampled.scores.get((str(expert.folder), (score.stage, *column)))
+            for expert, score in bounding(run, self.section.experts, column)
         ]
         known = [values for values in found if values is not None]
         if not known or len(known) < len(found) or min(float(v.min()) for v in known) <= 0:

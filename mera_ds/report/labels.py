@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mera_ds.config import RunConfig
+from mera_ds.report.results import EXPERT
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class MethodName:
 
 # In the order of the tables' rows.
 NAMES: Mapping[str, MethodName] = {
-    "expert": MethodName("Expert"),
+    EXPERT: MethodName("Expert"),
     "finetune": MethodName("Fine-Tuning"),
     "replay": MethodName("Replay({replayed})"),
     "ewc": MethodName("EWC"),
@@ -32,6 +33,8 @@ NAMES: Mapping[str, MethodName] = {
 }
 ABLATION = ("finetune", "merge", "realign", "mera")
 """The rows of the paper's Table 4."""
+_SHARES = ("1%", "10%")
+"""Of the data that the paper's methods train on again."""
 
 
 def method_name(config: RunConfig) -> str:
@@ -39,6 +42,12 @@ def method_name(config: RunConfig) -> str:
     name = NAMES.get(config.method, MethodName(config.method))
     replay = config.replay
     return name.text.format(replayed=f"{replay.percent:g}%", realigned=f"{replay.realigning:g}%")
+
+
+def paper_labels() -> list[str]:
+    """Return what tables call the paper's methods, in the order of their rows."""
+    texts = [name.text for method, name in NAMES.items() if method != EXPERT]
+    return list(dict.fromkeys(t.format(replayed=s, realigned=s) for t in texts for s in _SHARES))
 
 
 def method_rank(method: str) -> int:

@@ -5,7 +5,6 @@ import html
 from collections.abc import Sequence
 
 from mera_ds.report.figures import Picture
-from mera_ds.report.provenance import provenance_table
 from mera_ds.report.render import Table, to_html
 from mera_ds.report.samples import samples_html
 from mera_ds.report.summary import Section
@@ -13,13 +12,13 @@ from mera_ds.shards.preview import SCRIPT, STYLE
 
 
 def page_html(
-    parts: Sequence[tuple[Section, Sequence[Table], Sequence[str]]],
+    parts: Sequence[tuple[Section, Sequence[Table], Sequence[str], Table]],
     figures: Sequence[tuple[str, Picture]],
 ) -> str:
     """Return the page.
 
     Args:
-        parts: each section with its tables and remarks.
+        parts: each section with its tables, remarks and provenance.
         figures: each with its caption.
     """
     drawn = "".join(_figure(caption, picture) for caption, picture in figures)
@@ -35,7 +34,7 @@ def page_html(
 <body>
 <h1>Report</h1>
 <h2>Figures</h2>
-{drawn}
+<div class="figures">{drawn}</div>
 {sections}
 <script>{SCRIPT}</script>
 </body>
@@ -47,13 +46,14 @@ def _figure(caption: str, picture: Picture) -> str:
     url = f"data:image/svg+xml;base64,{base64.b64encode(picture.svg).decode()}"
     text = html.escape(caption)
     return (
-        f'<figure class="drawn"><img src="{url}" alt="{text}" '
-        f'style="width: {8 * picture.inches:g}rem">'
-        f"<figcaption>{text}</figcaption></figure>"
+        f'<figure class="drawn" style="width: {8 * picture.inches:g}rem">'
+        f'<img src="{url}" alt="{text}"><figcaption>{text}</figcaption></figure>'
     )
 
 
-def _section(section: Section, tables: Sequence[Table], remarks: Sequence[str]) -> str:
+def _section(
+    section: Section, tables: Sequence[Table], remarks: Sequence[str], provenance: Table
+) -> str:
     listed = "".join(f"<li>{html.escape(remark)}</li>" for remark in remarks)
     warnings = f'<ul class="remarks">{listed}</ul>' if listed else ""
     return f"""<section>
@@ -64,7 +64,7 @@ def _section(section: Section, tables: Sequence[Table], remarks: Sequence[str]) 
 <h3>What the models say</h3>
 {samples_html(section) or "<p>No predictions are stored.</p>"}
 <details><summary>Provenance of every score</summary>
-{to_html(provenance_table(section))}
+{to_html(provenance)}
 </details>
 </section>"""
 
@@ -73,8 +73,10 @@ _STYLE = """
 h3 { font-size: 1rem; margin: 2rem 0 .5rem; }
 h4 { font-size: .9rem; margin: 1.2rem 0 .4rem; }
 figure { margin: 1.5rem 0; }
-figure.drawn img { background: #fff; height: auto; image-rendering: auto; margin: 0;
-  max-width: 100%; padding: .5rem; }
+.figures { align-items: start; display: flex; flex-wrap: wrap; gap: 0 2rem; }
+figure.drawn { max-width: 100%; }
+figure.drawn img { background: #fff; box-sizing: border-box; height: auto; image-rendering: auto;
+  margin: 0; padding: .5rem; width: 100%; }
 figcaption { font-weight: 600; margin-bottom: .4rem; }
 figure.drawn figcaption { font-size: .85rem; font-weight: 400; margin-top: .4rem; }
 .scroll { overflow-x: auto; }
@@ -85,11 +87,14 @@ th, td { padding: .2rem .6rem; text-align: right; vertical-align: bottom; white-
 th.label { text-align: left; }
 th[scope=row] { font-weight: 400; }
 .best { font-weight: 700; }
+.second { text-decoration: underline; }
 .notes { color: var(--soft); font-size: .75rem; margin: .4rem 0; padding-left: 1rem; }
 .remarks { background: #fa01; border-left: 3px solid #fa0; font-size: .85rem;
   padding: .6rem 1rem .6rem 2rem; }
 .question { font-size: .9rem; font-weight: 600; margin: .3rem 0; }
 .said { font-size: .9rem; }
-.mark { float: right; }
+.speaker { display: flex; gap: .5rem; justify-content: space-between; }
+.mark { white-space: nowrap; }
+.cards { grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); }
 summary { cursor: pointer; margin: 2rem 0 1rem; }
 """

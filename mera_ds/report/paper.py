@@ -1,36 +1,35 @@
 """The paper's Tables 2 to 5, for our runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mera_ds.report.costs import Cost, run_costs
+from mera_ds.report.costs import Cost
 from mera_ds.report.gains import Mean, Progress
-from mera_ds.report.labels import ABLATION, plain_method
+from mera_ds.report.labels import ABLATION, method_rank, plain_method
 from mera_ds.report.parameters import run_parameters
 from mera_ds.report.render import Table
-from mera_ds.report.results import Run
 from mera_ds.report.summary import Group, Section
-from mera_ds.report.tables import limits_note, measurement_notes
+from mera_ds.report.tables import PARTIAL, limits_note, measurement_notes, of_runs
 
 _BACKWARD = (
-    "Backward Relative Gain in %: mean over the modalities learnt before a stage of S/S_expert. "
-    "Mean and Std (sample standard deviation, n - 1) over the stages that are done; stage 1 counts "
-    "as 100 %. Several runs of a method (seeds): Mean ± their sample standard deviation."
+    "Backward Relative Gain in %: mean over the modalities learnt before a stage of S/S_expert, of "
+    "the same seed where there is such an expert. Mean and Std (sample standard deviation, n - 1) "
+    "over the stages that are done; stage 1 counts as 100 %. Several runs of a method (seeds): "
+    "Mean ± their sample standard deviation."
 )
 
 
-def paper_tables(section: Section, runs: Sequence[Run]) -> list[Table]:
+def paper_tables(section: Section, costs: Mapping[Path, Cost]) -> list[Table]:
     """Return those of Tables 2, 3, 4 and 5 that the section's runs give something for.
 
     Args:
         section: the runs of one profile.
-        runs: all runs of the report; products taken over from one of them took what they took
-            there.
+        costs: what each of them took.
     """
     tables = []
     if section.groups and section.experts:
         tables.append(_gains(section, section.groups, "Table 2: Backward Relative Gain"))
-    tables.append(_overheads(section, run_costs(runs)))
+    tables.append(_overheads(section, costs))
     if section.groups and section.experts:
         ablation = [group for name in ABLATION for group in section.groups if group.method == name]
         if len({group.method for group in ablation}) > 1:
@@ -40,6 +39,13 @@ def paper_tables(section: Section, runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
+_UNEQUAL = (
+    "n/a: with and without realigning not measured over the same stages, or with no seed alike."
+)
+_SEEDS = "What realigning adds is measured over the seeds that were run with and without it."
+_NOTHING = ("-", "+0.00", "-0.00")
+_RANKS = "Best of a column in bold, second best underlined."
+_BETTER = "In bold what realigning improves: a higher mean, a lower deviation."
 _COUNTS = ("Trained\nM", "Added\nM")
 _GENERATION = ("Generation\nGB", "Generation\ns/text", "Generation\nms/token")
 Rows = Mapping[str, Mapping[tuple[str, ...], Progress]]
@@ -60,11 +66,15 @@ def _gains(section: Section, groups: Sequence[Group], title: str) -> Table:
         (label, *(cell for order in orders for cell in _cells(by_order.get(order))))
         for label, by_order in found.items()
     ]
-    best = set()
+    best, second = set(), set()
     for place, order in enumerate(orders):
-        best |= _best(found, order, 1 + 2 * place, lambda p: p.mean, max)
-        best |= _best(found, order, 2 + 2 * place, lambda p: p.deviation, min)
-    notes = (_BACKWARD, *_order_notes(section, orders), *_origin(section))
+        for column, figure, sign in ((1, "mean", 1), (2, "deviation", -1)):
+            first, next_best = _ranked(found, order, figure, sign)
+            best |= {(row, column + 2 * place) for row in first}
+            second |= {(row, column + 2 * place) for row in next_best}
+    means = [entry.mean for by_order in found.values() for entry in by_order.values()]
+    partial = [PARTIAL] if any(0 < mean.runs < mean.total for mean in means) else []
+    notes = (_BACKWARD, *partial, *_order_notes(section, orders), *_origin(section))
     return Table(
         f"{title} (%), profile {section.profile}",
         ("Method", *_headers(section, orders)),
@@ -72,28 +82,35 @@ def _gains(section: Section, groups: Sequence[Group], title: str) -> Table:
         notes,
         1,
         frozenset(best),
+        frozenset(second),
+        _RANKS,
     )
 
 
-def _best(
-    found: Rows,
-    order: tuple[str, ...],
-    column: int,
-    figure: Callable[[Progress], Mean],
-    choose: Callable[[Sequence[float]], float],
-) -> set[tuple[int, int]]:
-    """Return the cells of a column that hold the best value of the rows that got furthest."""
+def _ranked(
+    found: Rows, order: tuple[str, ...], figure: str, sign: int
+) -> tuple[list[int], list[int]]:
+    """Return the rows with the best and with the second-best value, of those that got furthest.
+
+    Args:
+        found: the rows.
+        order: whose.
+        figure: `mean` or `deviation`.
+        sign: 1 if more is better, -1 if less is.
+    """
     there = {row: by[order] for row, by in enumerate(found.values()) if order in by}
     furthest = max((entry.finished for entry in there.values()), default=0)
+    means: dict[int, Mean] = {row: getattr(entry, figure) for row, entry in there.items()}
     values = {
-        row: value
+        row: sign * round(means[row].value or 0.0, 2)
         for row, entry in there.items()
-        if entry.finished == furthest and (value := figure(entry).value) is not None
+        if entry.finished == furthest and means[row].value is not None
     }
     if len(values) < 2:
-        return set()
-    chosen = choose([round(value, 2) for value in values.values()])
-    return {(row, column) for row, value in values.items() if round(value, 2) == chosen}
+        return [], []
+    best, second = [*sorted(set(values.values()), reverse=True), None][:2]
+    ranked = [[row for row, value in values.items() if value == rank] for rank in (best, second)]
+    return ranked[0], ranked[1]
 
 
 def _cells(entry: Progress | None) -> tuple[str, str]:
@@ -101,8 +118,10 @@ def _cells(entry: Progress | None) -> tuple[str, str]:
         return "-", "-"
     spread = entry.mean.spread
     seeds = "" if spread is None else f" ± {spread:.2f}"
-    part = "" if entry.finished == len(entry.stages) else f" ({entry.finished} stages)"
-    return f"{_number(entry.mean.value)}{seeds}{part}", _number(entry.deviation.value)
+    stages = len(entry.stages)
+    part = "" if entry.finished == stages else f" ({entry.finished} of {stages} stages)"
+    some = of_runs(entry.mean) if entry.mean.runs else ""
+    return f"{_number(entry.mean.value)}{seeds}{some}{part}", _number(entry.deviation.value)
 
 
 def _number(value: float | None, form: str = ".2f") -> str:
@@ -192,30 +211,49 @@ def _realigned(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
         same = [g for g in found if g.runs[0].config.replay.percent == percent]
         if len(same or found) == 1:
             pairs.append(((same or found)[0], realigned))
-    return pairs
+    return sorted(pairs, key=lambda pair: method_rank(pair[0].method))
 
 
 def _improvements(section: Section, pairs: Sequence[tuple[Group, Group]]) -> Table:
     used = [group.order for group, _ in pairs]
     orders = [order for order in section.orders if order in used]
     rows: list[tuple[str, ...]] = []
+    best: set[tuple[int, int]] = set()
     for label in dict.fromkeys(plain.label for plain, _ in pairs):
         same = [(plain, realigned) for plain, realigned in pairs if plain.label == label]
         before = {plain.order: plain.progress("backward") for plain, _ in same}
         rows.append((label, *(cell for order in orders for cell in _cells(before.get(order)))))
         for name in dict.fromkeys(realigned.label for _, realigned in same):
-            after = {r.order: r.progress("backward") for _, r in same if r.label == name}
-            changes = [_changes(before.get(order), after.get(order)) for order in orders]
-            rows.append((f"+ Realigning: {name}", *(cell for pair in changes for cell in pair)))
-    notes = (_BACKWARD, *_order_notes(section, orders), *_origin(section))
+            by_order = {pair[1].order: pair for pair in same if pair[1].label == name}
+            changes = [_changes(by_order.get(order)) for order in orders]
+            cells = [cell for pair in changes for cell in pair]
+            better = {
+                place
+                for place, cell in enumerate(cells)
+                if cell[0] == "+-"[place % 2] and cell not in _NOTHING
+            }
+            best |= {(len(rows), 1 + place) for place in better}
+            rows.append((f"+ Realigning: {name}", *cells))
+    seeds = [_SEEDS] if any(plain.seeds != realigned.seeds for plain, realigned in pairs) else []
+    unequal = [_UNEQUAL] if any("n/a" in cell for row in rows for cell in row) else []
+    notes = (_BACKWARD, *seeds, *unequal, *_order_notes(section, orders), *_origin(section))
     title = f"Table 5: realigning after any method (%), profile {section.profile}"
-    return Table(title, ("Method", *_headers(section, orders)), tuple(rows), notes, 1)
+    header = ("Method", *_headers(section, orders))
+    return Table(title, header, tuple(rows), notes, 1, frozenset(best), marks=_BETTER)
 
 
-def _changes(plain: Progress | None, realigned: Progress | None) -> tuple[str, str]:
-    """Return what realigning adds to mean and deviation, over equally many stages."""
-    if plain is None or realigned is None:
+def _changes(pair: tuple[Group, Group] | None) -> tuple[str, str]:
+    """Return what realigning adds to mean and deviation, over equally many stages.
+
+    Of runs with several seeds, over the seeds that both have.
+    """
+    if pair is None:
         return "-", "-"
+    seeds = pair[0].seeds & pair[1].seeds
+    before, after = (group.part([run.config.seed in seeds for run in group.runs]) for group in pair)
+    if before is None or after is None:
+        return "n/a", "n/a"
+    plain, realigned = before.progress("backward"), after.progress("backward")
     if plain.finished != realigned.finished:
         return "n/a", "n/a"
     pairs = ((plain.mean, realigned.mean), (plain.deviation, realigned.deviation))

@@ -22,6 +22,20 @@ class Table:
     """How many columns on the left name the row."""
     best: frozenset[tuple[int, int]] = frozenset()
     """Row and column of cells to set in bold."""
+    second: frozenset[tuple[int, int]] = frozenset()
+    """Of cells to underline."""
+    marks: str = ""
+    """What bold and underlined say: a note wherever they are seen, which is not in plain text."""
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """Return the notes, with that on the marks."""
+        return (self.marks, *self.notes) if self.marks else self.notes
+
+    def mark(self, row: int, column: int) -> str:
+        """Return how a cell stands out: `best`, `second` or not at all."""
+        place = row, column
+        return "best" if place in self.best else "second" if place in self.second else ""
 
 
 def to_text(table: Table, width: int = WIDTH) -> str:
@@ -64,21 +78,23 @@ def to_markdown(table: Table) -> str:
     rule = ["---"] * table.labels + ["---:"] * (len(header) - table.labels)
     rows = [
         [
-            _bold(cell.strip().replace("|", "\\|"), (i, j) in table.best)
+            _MARKDOWN[table.mark(i, j)].format(cell.strip().replace("|", "\\|"))
             for j, cell in enumerate(row)
         ]
         for i, row in enumerate(table.rows)
     ]
     lines = [f"| {' | '.join(row)} |" for row in [header, rule, *rows]]
-    return "\n".join([f"### {table.title}", "", *lines, "", *(f"- {note}" for note in table.notes)])
+    return "\n".join(
+        [f"### {table.title}", "", *lines, "", *(f"- {note}" for note in table.all_notes)]
+    )
 
 
 def to_latex(table: Table) -> str:
     """Return a LaTeX table in the style of booktabs, with title and notes below it."""
     columns = "l" * table.labels + "r" * (len(table.header) - table.labels)
-    header = [_latex(cell.replace("\n", " ")) for cell in table.header]
+    header = [_latex_lines(cell) for cell in table.header]
     rows = [
-        [_latex_bold(cell.strip(), (i, j) in table.best) for j, cell in enumerate(row)]
+        [_LATEX_MARKS[table.mark(i, j)].format(_latex(cell.strip())) for j, cell in enumerate(row)]
         for i, row in enumerate(table.rows)
     ]
     lines = [" & ".join(row) + r" \\" for row in rows]
@@ -86,17 +102,22 @@ def to_latex(table: Table) -> str:
         [
             r"\begin{table}[t]",
             r"\centering\small",
+            _FITTED,
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             " & ".join(header) + r" \\",
             r"\midrule",
             *lines,
             r"\bottomrule",
-            r"\end{tabular}",
-            rf"\caption{{{_latex(' '.join([_sentence(table.title), *table.notes]))}}}",
+            r"\end{tabular}}",
+            rf"\caption{{{_latex(' '.join(map(_sentence, (table.title, *table.all_notes))))}}}",
             r"\end{table}",
         ]
     )
+
+
+# As wide as the text where the table would be wider.
+_FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 
 
 def to_html(table: Table) -> str:
@@ -109,10 +130,11 @@ def to_html(table: Table) -> str:
     for i, row in enumerate(table.rows):
         cells = [f"<th class=label scope=row>{_escape(cell)}</th>" for cell in row[: table.labels]]
         for j, cell in enumerate(row[table.labels :], start=table.labels):
-            best = " class=best" if (i, j) in table.best else ""
-            cells.append(f"<td{best}>{_escape(cell)}</td>")
+            mark = table.mark(i, j)
+            marked = f" class={mark}" if mark else ""
+            cells.append(f"<td{marked}>{_escape(cell)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.all_notes)
     return (
         f'<figure class="table"><figcaption>{html.escape(table.title)}</figcaption>'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -120,12 +142,14 @@ def to_html(table: Table) -> str:
     )
 
 
-def _bold(text: str, bold: bool) -> str:
-    return f"**{text}**" if bold else text
+_MARKDOWN = {"best": "**{}**", "second": "<ins>{}</ins>", "": "{}"}
+_LATEX_MARKS = {"best": r"\textbf{{{}}}", "second": r"\underline{{{}}}", "": "{}"}
 
 
-def _latex_bold(text: str, bold: bool) -> str:
-    return rf"\textbf{{{_latex(text)}}}" if bold else _latex(text)
+def _latex_lines(text: str) -> str:
+    lines = r" \\ ".join(_latex(line) for line in text.split("\n"))
+    stacked = rf"\begin{{tabular}}[b]{{@{{}}r@{{}}}}{lines}\end{{tabular}}"
+    return stacked if "\n" in text else lines
 
 
 def _sentence(title: str) -> str:

@@ -82,6 +82,11 @@ class Run:
         return max((stage for stage, _, _ in self.scores), default=0)
 
     @property
+    def stages_measured(self) -> int:
+        """Return how many stages have a score."""
+        return len({stage for stage, _, _ in self.scores})
+
+    @property
     def settings(self) -> dict[str, str]:
         """Return the settings that change what the run computes, by dotted key."""
         plain = {key: value for key, value in dump(self.config).items() if key not in _DESCRIPTIVE}

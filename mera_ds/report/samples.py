@@ -32,7 +32,8 @@ class _Said:
 def samples_html(section: Section) -> str:
     """Return some items of every test: medium, question, references and all predictions.
 
-    One run of each method speaks, after its last stage; a medium that can't be read is named.
+    Of each method the run that got furthest speaks, after its last stage; a medium that can't be
+    read is named.
     """
     parts = []
     for column in section.all_columns:
@@ -50,10 +51,15 @@ _CARDS = '<div class="cards">{}</div>'
 
 
 def _all_said(section: Section, column: Column) -> list[_Said]:
-    runs = {"Expert": section.experts[0]} if section.experts else {}
-    for group in section.groups:
-        runs.setdefault(group.label, group.runs[0])
-    found = [_said(label, run, column) for label, run in runs.items()]
+    runs: dict[str, list[Run]] = {}
+    for label, members in section.members:
+        runs.setdefault(label, []).extend(members)
+    furthest = {
+        label: max(members, key=lambda run: run.last_stage)
+        for label, members in runs.items()
+        if members
+    }
+    found = [_said(label, run, column) for label, run in furthest.items()]
     return [entry for entry in found if entry is not None]
 
 
@@ -95,7 +101,7 @@ def _row(column: Column, entry: _Said, name: str) -> str:
     label = html.escape(entry.label)
     text = html.escape(entry.items[name].prediction) or "<em>nothing</em>"
     return (
-        f"<dt>{label}, stage {entry.stage} <span class=mark>{mark}</span></dt>"
+        f"<dt class=speaker>{label}, stage {entry.stage} <span class=mark>{mark}</span></dt>"
         f"<dd class=said>{text}</dd>"
     )
 

@@ -2,7 +2,8 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 
 from mera_ds.report.gains import (
     GainUndefined,
@@ -17,7 +18,7 @@ from mera_ds.report.gains import (
     progress,
     relative_gain,
 )
-from mera_ds.report.labels import method_name, method_rank
+from mera_ds.report.labels import NAMES, method_name, method_rank
 from mera_ds.report.results import EXPERT, METRICS, Run, Score
 
 GAINS = {"backward": backward_gain, "forward": forward_gain}
@@ -45,6 +46,19 @@ class Group:
     def last_stage(self) -> int:
         """Return the last stage that any of the runs has a score of."""
         return max(run.last_stage for run in self.runs)
+
+    @property
+    def seeds(self) -> set[int]:
+        """Return the seeds of the runs."""
+        return {run.config.seed for run in self.runs}
+
+    def part(self, kept: Sequence[bool]) -> "Group | None":
+        """Return the group with those of its runs that are kept; None if it is none of them."""
+        pairs = list(compress(zip(self.runs, self.tables, strict=True), kept))
+        if not pairs:
+            return None
+        runs, tables = zip(*pairs, strict=True)
+        return replace(self, runs=runs, tables=tables)
 
     def score(self, stage: int, column: Column) -> Mean:
         """Return the mean score over the runs."""
@@ -85,7 +99,7 @@ class Section:
     limits: str
     groups: tuple[Group, ...]
     experts: tuple[Run, ...]
-    """Expert runs; the upper bound is the mean of their scores."""
+    """Expert runs; the upper bound of a run are those of its seed (see `bounding`)."""
 
     @property
     def runs(self) -> list[Run]:
@@ -140,6 +154,13 @@ class Section:
         """Return the mean score of the experts."""
         return _mean_score([_expert_score(run, column) for run in self.experts])
 
+    def some_orders(self, label: str) -> str:
+        """Return the orders that a method has runs of; empty if it has runs of all."""
+        numbers = [self.orders.index(g.order) + 1 for g in self.groups if g.label == label]
+        if len(numbers) == len(self.orders):
+            return ""
+        return f"order{'s' if len(numbers) > 1 else ''} {', '.join(map(str, sorted(numbers)))}"
+
     def gains(self, gain: str) -> list[GainRow]:
         """Return a gain by method and order, with the mean over orders last in each method."""
         rows = []
@@ -184,26 +205,71 @@ class Section:
             *found,
             *expert_warnings(experts, floors, tables),
             *self._unequal_runs(),
-            *_first_stages(tables),
+            *self._unfinished(),
+            *self._first_stages(),
         ]
+
+    @property
+    def members(self) -> list[tuple[str, tuple[Run, ...]]]:
+        """Return the runs by label, the experts first; a label comes once for each order."""
+        experts = NAMES[EXPERT].text, self.experts
+        return [experts, *((group.label, group.runs) for group in self.groups)]
 
     def _unequal_runs(self) -> list[str]:
         found = []
-        members = [(group.label, group.runs) for group in self.groups]
-        for label, runs in [(EXPERT, self.experts), *members]:
+        for label, runs in self.members:
             seeds = {run.config.seed for run in runs}
             if len(seeds) < len(runs):
                 found.append(f"{label}: {len(runs)} runs, but only {len(seeds)} different seed(s).")
         differing = differing_settings(self.experts)
         if differing:
+            found.append(f"The experts differ in {', '.join(differing)}.")
+        some = {group.label: self.some_orders(group.label) for group in self.groups}
+        if any(some.values()):
+            listed = "; ".join(
+                f"{label} ({orders} only)" for label, orders in some.items() if orders
+            )
             found.append(
-                f"The experts differ in {', '.join(differing)}; the upper bound is their mean."
+                "Not run in every order, so means over orders are not over the same ones: "
+                f"{listed}."
+            )
+        seeds = {seed for group in self.groups for seed in group.seeds}
+        fewer = {group.label: group.seeds for group in self.groups if group.seeds != seeds}
+        if fewer:
+            listed = "; ".join(
+                f"{label} (seed {_joined(own)} only)" for label, own in fewer.items()
+            )
+            found.append(
+                f"Not run with every seed ({_joined(seeds)}), so means over seeds are not over the "
+                f"same ones: {listed}."
             )
         return found
 
+    def _unfinished(self) -> list[str]:
+        found = [
+            f"{run.folder.name} ({label}) {run.stages_measured} of {len(run.config.order)}"
+            for label, runs in self.members
+            for run in runs
+            if run.stages_measured < len(run.config.order)
+        ]
+        return [f"Not finished, stages measured so far: {'; '.join(found)}."] if found else []
+
+    def _first_stages(self) -> list[str]:
+        """Say where the first stage, which counts as 100 %, measured something else."""
+        found = []
+        for group in self.groups:
+            gain = group.modality_gain(1, group.order[0]).value
+            if gain is not None and abs(gain - 100) >= 1:
+                order = self.orders.index(group.order) + 1
+                found.append(f"{group.label}, order {order}: {gain:.2f} %")
+        if not found:
+            return []
+        said = "Stage 1 counts as 100 %, as in the paper; measured against its expert it is"
+        return [f"{said}: {'; '.join(found)}."]
+
 
 def summarise(runs: Sequence[Run]) -> list[Section]:
-    """Arrange runs into one section per profile: methods as the paper, else as they were given."""
+    """Arrange runs into one section per profile: in the paper's order, others last."""
     return [
         _section(profile, [run for run in runs if run.config.profile == profile])
         for profile in dict.fromkeys(run.config.profile for run in runs)
@@ -211,11 +277,11 @@ def summarise(runs: Sequence[Run]) -> list[Section]:
 
 
 def score_table(run: Run, experts: Sequence[Run], name: str) -> ScoreTable:
-    """Put a run's scores beside the mean scores of the experts."""
+    """Put a run's scores beside those of the experts that it is measured by (see `bounding`)."""
     bounds: dict[Column, float] = {}
     incomparable: dict[tuple[int, str, str], str] = {}
     for column in dict.fromkeys(key[1:] for expert in experts for key in expert.scores):
-        scores = [score for expert in experts if (score := _expert_score(expert, column))]
+        scores = [score for _, score in bounding(run, experts, column)]
         bounds[column] = statistics.fmean(score.score for score in scores)
         for key, score in run.scores.items():
             other = next((s for s in scores if s.yardstick != score.yardstick), None)
@@ -225,12 +291,24 @@ def score_table(run: Run, experts: Sequence[Run], name: str) -> ScoreTable:
     return ScoreTable(name, run.config.order, values, bounds, incomparable)
 
 
+def bounding(run: Run, experts: Sequence[Run], column: Column) -> list[tuple[Run, Score]]:
+    """Return whose mean score a run's is divided by: of the experts of its seed, else of all.
+
+    So stage 1, which is what the expert of the same seed is, keeps to its 100 %.
+    """
+    found = [(expert, score) for expert in experts if (score := _expert_score(expert, column))]
+    return [pair for pair in found if pair[0].config.seed == run.config.seed] or found
+
+
 def _section(profile: str, runs: Sequence[Run]) -> Section:
     experts = tuple(run for run in runs if run.config.method == EXPERT)
     known = [run.config.order for run in experts]
     others = sorted(
         (run for run in runs if run.config.method != EXPERT),
-        key=lambda run: (method_rank(run.config.method), run.config.order not in known),
+        key=lambda run: (
+            *(method_rank(run.config.method), run.config.replay.percent),
+            run.config.order not in known,
+        ),
     )
     labels = {run.folder: _label(run, others) for run in others}
     keys = dict.fromkeys((labels[run.folder], run.config.order) for run in others)
@@ -269,6 +347,10 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
     return [key for key in keys if len({each.get(key) for each in settings}) > 1]
 
 
+def _joined(seeds: set[int]) -> str:
+    return ", ".join(map(str, sorted(seeds)))
+
+
 def _expert_score(run: Run, column: Column) -> Score | None:
     return next((score for key, score in run.scores.items() if key[1:] == column), None)
 
@@ -281,19 +363,3 @@ def _difference(score: Score, expert: Score) -> str:
     names = [name for name, value in score.yardstick.items() if expert.yardstick[name] != value]
     values = [f"{name} {expert.yardstick[name]}, not {score.yardstick[name]}" for name in names]
     return f"the expert was scored with {'; '.join(values)}"
-
-
-def _first_stages(tables: Sequence[ScoreTable]) -> list[str]:
-    """Say where the first stage, which counts as 100 %, measured something else."""
-    found = []
-    for table in tables:
-        try:
-            gain = relative_gain(table, 1, table.order[0])
-        except GainUndefined:
-            continue
-        if abs(gain - 100) >= 1:
-            found.append(f"{table.name} {gain:.2f} %")
-    if not found:
-        return []
-    said = "Stage 1 counts as 100 %, as in the paper; measured against its expert it is"
-    return [f"{said}: {'; '.join(found)}."]

@@ -12,7 +12,7 @@ from mera_ds.report.bootstrap import RESAMPLES, Interval
 from mera_ds.report.gains import Mean
 from mera_ds.report.intervals import Intervals
 from mera_ds.report.render import Table
-from mera_ds.report.results import METRICS, Score
+from mera_ds.report.results import EXPERT, METRICS, Score
 from mera_ds.report.summary import GAINS, Column, Group, Section, differing_settings
 
 _UNITS = {"caption": "CIDEr", "qa": "Acc"}
@@ -21,7 +21,7 @@ _MEANING = {
     "backward": "mean over the modalities learnt before a stage of S/S_expert",
     "forward": "S/S_expert of the modality learnt in a stage",
 }
-_PARTIAL = "(1/2): mean over 1 of 2 runs; the others have not got so far, or their value is n/a."
+PARTIAL = "(1/2): mean over 1 of 2 runs; the others have not got so far, or their value is n/a."
 _MARKS = (
     "*: learnt in that stage; +: better than after the stage before; -: not learnt yet; n/a: not "
     "measured. Several runs (seeds): mean ± sample standard deviation."
@@ -58,14 +58,12 @@ def _runs_table(section: Section) -> Table:
     header = ("Method", "Run", "Order", "Seed", "Stages", "Weights")
     rows = []
     notes = [limits_note(section)]
-    members = [("expert", section.experts), *((g.label, g.runs) for g in section.groups)]
-    for label, runs in members:
+    for label, runs in section.members:
         for run in runs:
             order = run.config.order
-            stages = len({stage for stage, _, _ in run.scores})
             last = max(run.scores.values(), key=lambda score: score.stage, default=None)
             weights = last.model[:12] if last else "no results yet"
-            done = f"{stages} of {len(order)}"
+            done = f"{run.stages_measured} of {len(order)}"
             name = str(run.folder)
             name = name if len(name) <= 48 else f"...{name[-45:]}"
             place = (_order_number(section, order), str(run.config.seed))
@@ -73,9 +71,15 @@ def _runs_table(section: Section) -> Table:
     for number, order in enumerate(section.orders, start=1):
         notes.append(f"Order {number}: {', '.join(order)}.")
     for method in dict.fromkeys(run.config.method for run in section.runs):
-        same = [run for run in section.runs if run.config.method == method]
-        for key in differing_settings(same):
-            values = [f"{run.folder.name} {run.settings.get(key, 'unset')}" for run in same]
+        same = {run.folder: run for run in section.runs if run.config.method == method}
+        for key in differing_settings([*same.values()]):
+            names = {
+                (run.folder.name if method == EXPERT else label): run.settings.get(key, "unset")
+                for label, runs in section.members
+                for run in runs
+                if run.folder in same
+            }
+            values = [f"{name} {value}" for name, value in names.items()]
             notes.append(f"{method} differs in {key}: {', '.join(values)}.")
     return Table(f"Runs of profile {section.profile}", header, tuple(rows), tuple(notes), 6)
 
@@ -112,7 +116,7 @@ def _scores_table(section: Section, order: tuple[str, ...]) -> Table:
     if groups:
         title += f", order {_order_number(section, order)}: {', '.join(order)}"
     partial = any("(" in cell for row in rows for cell in row[3:])
-    notes += [_PARTIAL] if partial else []
+    notes += [PARTIAL] if partial else []
     return Table(title, tuple(header), tuple(rows), (*notes, limits_note(section)), 3)
 
 
@@ -138,6 +142,7 @@ def _last_table(section: Section, intervals: Intervals, order: tuple[str, ...]) 
     notes = (
         "Gain: mean over the tasks of S/S_expert in %, with its 95 % confidence interval: paired "
         f"bootstrap over test items, {RESAMPLES} draws. {_MARKS}",
+        *([PARTIAL] if any("(" in cell for row in rows for cell in row[2:]) else []),
         *measurement_notes(section, columns),
         limits_note(section),
     )
@@ -178,7 +183,7 @@ def _gains_table(section: Section, intervals: Intervals, gain: str) -> Table:
     if several:
         notes.append("Spread: sample standard deviation of Mean over runs (row `mean`: orders).")
     if any("(" in cell for row in rows for cell in row[4:]):
-        notes.append(_PARTIAL)
+        notes.append(PARTIAL)
     reasons = [reason for e in entries for mean in e.progress.stages for reason in mean.reasons]
     notes += [f"n/a: {reason}." for reason in dict.fromkeys(reasons)]
     notes += [*measurement_notes(section, section.all_columns), limits_note(section)]
@@ -203,20 +208,20 @@ def _score_cell(mean: Mean, task: str, mark: str = " ") -> str:
         return "n/a "
     decimals = _DECIMALS[task]
     spread = "" if mean.spread is None else f"±{mean.spread:.{decimals}f}"
-    return f"{mean.value:.{decimals}f}{spread}{_of_runs(mean)}{mark}"
+    return f"{mean.value:.{decimals}f}{spread}{of_runs(mean)}{mark}"
 
 
 def _gain_cell(mean: Mean) -> str:
     if mean.value is None:
         return "n/a" if mean.reasons or not mean.total else "-"
-    return f"{mean.value:.2f}{_of_runs(mean)}"
+    return f"{mean.value:.2f}{of_runs(mean)}"
 
 
 def _interval_cell(found: Interval | None) -> str:
     return "-" if found is None else f"{found.low:.2f} to {found.high:.2f}"
 
 
-def _of_runs(mean: Mean) -> str:
+def of_runs(mean: Mean) -> str:
     return f" ({mean.runs}/{mean.total})" if mean.runs < mean.total else ""
 
 

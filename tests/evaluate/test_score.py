@@ -178,6 +178,16 @@ class TestRun:
         assert html.escape(first.question) in page
         assert html.escape(first.id) in page
 
+    def test_of_several_seeds_the_run_that_got_furthest_speaks(
+        self, evaluated: Path, tmp_path: Path
+    ) -> None:
+        begun = tmp_path / "begun"
+        begun.mkdir()
+        shutil.copy(evaluated / "config.yaml", begun)
+        write_report([begun, evaluated], tmp_path / "out")
+        page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+        assert page.count("<article>") == 4 * 3
+
     def test_the_page_names_media_that_are_gone(self, evaluated: Path, tmp_path: Path) -> None:
         shutil.copytree(evaluated, tmp_path / "run")
         shutil.rmtree(tmp_path / "run" / "data" / "image")

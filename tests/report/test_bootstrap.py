@@ -74,6 +74,35 @@ def test_what_is_hard_for_all_cancels_in_a_gain(section: Section) -> None:
         assert whole.low == pytest.approx(expected.mean.value, rel=1e-4)
 
 
+def test_the_interval_of_a_mean_is_that_of_the_runs_that_got_furthest(
+    folders: list[Path], make_run: MakeRun
+) -> None:
+    """Also over orders: one that has not got so far is in neither."""
+    folders.append(make_run("weak", "mera", seed=1, scale=0.5, stages=2))
+    folders.append(make_run("reverse", "mera", order="reverse", stages=3))
+    for folder in folders[-2:]:
+        store_items(folder)
+    (section,) = summarise(read_runs(folders))
+    whole = section.gains("backward")[-1]
+    assert whole.order is None
+    found = Intervals(section).mean_gain(whole.groups, "backward", whole.progress.finished)
+    assert found is not None
+    assert found.low == pytest.approx(whole.progress.mean.value, rel=1e-4)
+
+
+def test_every_seed_is_divided_by_its_expert(folders: list[Path], make_run: MakeRun) -> None:
+    folders.append(make_run("experts-1", "expert", seed=1, scale=0.8))
+    folders.append(make_run("mera-1", "mera", seed=1, scale=0.4))
+    for folder in folders[-2:]:
+        store_items(folder)
+    (section,) = summarise(read_runs(folders))
+    (group,) = section.groups
+    found = Intervals(section).gain([group], "backward", 4)
+    assert found is not None
+    assert found.low == pytest.approx(0.75 * 102.17, abs=0.01)
+    assert group.progress("backward").stages[3].value == pytest.approx(found.low, rel=1e-4)
+
+
 def test_missing_items_count_for_nothing() -> None:
     draws = np.array([[2, 0, 1], [0, 1, 2]], dtype=np.float32)
     assert bootstrap._means(draws, [1.0, 0.0, None]).tolist() == [1.0, 0.0]

@@ -1,5 +1,6 @@
 """What runs took, from logs written by hand."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from mera_ds.files import write_json
 from mera_ds.manifest import SCHEMA
 from mera_ds.methods.steps import learn
 from mera_ds.plan import DataPart, FisherStep, Plan, load_plan, save_plan
+from mera_ds.report import write_report
 from mera_ds.report.costs import Cost, run_costs
 from mera_ds.report.results import read_runs
 
@@ -81,7 +83,7 @@ def test_a_step_done_again_after_a_kill_counts_once(runs: list[Path]) -> None:
 
 def test_what_is_not_recorded_is_not_guessed(runs: list[Path]) -> None:
     (runs[0] / "metrics.jsonl").unlink()
-    assert costs(runs)[0] == Cost(None, None, None, None, (), None, ())
+    assert costs(runs)[0] == Cost(None, None, None, None, (), None, (), {})
 
 
 def test_measuring_importance_counts_where_it_was_recorded(
@@ -107,3 +109,13 @@ def test_measuring_importance_counts_where_it_was_recorded(
     found, _ = costs(runs)
     assert found.train_hours == pytest.approx(2 * (30 + 40 + 5) / 3600)
     assert found.train_memory_gb == 7.0
+
+
+def test_the_commit_that_trained_each_stage_is_said(runs: list[Path], tmp_path: Path) -> None:
+    """Also where another run of the report trained it; of what no log tells, nothing."""
+    found = costs(runs)
+    assert [cost.commits for cost in found] == [{1: ("c",)}, {1: ("c",)}]
+    write_report(runs, tmp_path / "out")
+    rows = csv.DictReader((tmp_path / "out" / "provenance.csv").open(encoding="utf-8"))
+    said = {row["stage"]: row["trained_by_commit"] for row in rows if row["run"] == "two"}
+    assert said == {"1": "c", "2": "-", "3": "-", "4": "-"}

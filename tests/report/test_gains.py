@@ -231,5 +231,6 @@ def test_weak_experts_are_named() -> None:
     assert "video/qa (0.800) is not above the majority class (0.800)" in majority
     assert "video/qa (0.800) is not above the backbone without media (0.900)" in blind
     assert expert_warnings(table.experts, floors, []) == [majority, blind]
-    high = {("image", "qa"): 0.5}
-    assert expert_warnings(high, {"the majority class": {("image", "qa"): 0.1}}, [table]) == []
+    high = small_table(experts={("image", "qa"): 0.5})
+    floor = {"the majority class": {("image", "qa"): 0.1}}
+    assert expert_warnings(high.experts, floor, [high]) == []

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mera_ds.errors import InputError
 from mera_ds.evaluate.predictions import WITHOUT_MEDIA
 from mera_ds.report import write_report
 from mera_ds.report.render import WIDTH, Table, to_text
@@ -84,7 +85,7 @@ def test_files_are_complete_and_the_same_every_time(make_run: MakeRun, tmp_path:
         assert image.width == 1050
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
     markdown = (first.folder / "report.md").read_text(encoding="utf-8")
-    assert "Relative Gain by stage, in % of the expert](gains.png)" in markdown
+    assert "](gains.png)" in markdown
     assert "| MERA(10%) | 4 pointcloud | 1 | 98.05+ | 0.338 |" in markdown
 
 
@@ -100,6 +101,15 @@ def test_tensorboard_shows_the_gains(make_run: MakeRun, tmp_path: Path) -> None:
     assert [(event.step, round(event.value, 2)) for event in events] == [
         *((1, 100.0), (2, 96.27), (3, 105.57), (4, 102.17)),
     ]
+
+
+def test_a_run_is_no_place_for_a_report(make_run: MakeRun) -> None:
+    run = make_run("mera", "mera")
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard" / "losses").write_text("kept")
+    with pytest.raises(InputError, match="is a run, whose TensorBoard would be lost"):
+        write_report([run], run)
+    assert (run / "tensorboard" / "losses").read_text() == "kept"
 
 
 def test_csv_holds_unrounded_values(make_run: MakeRun, tmp_path: Path) -> None:
@@ -163,7 +173,72 @@ def test_seeds_are_averaged_and_counted(make_run: MakeRun, tmp_path: Path) -> No
     gains = table_of(report.text, "Backward Relative Gain by")
     assert line_of(gains, "MERA(10%)")[2:6] == ["2", "4/4", "100.00", "77.01"]
     assert line_of(gains, "MERA(10%)")[6:10] == ["105.57", "(1/2)", "102.17", "(1/2)"]
-    assert "stage 1 counts as 100 %" in report.text
+    assert "stage 1 counts as 100 %" in " ".join(report.text.split())
+
+
+def test_a_run_is_measured_by_the_expert_of_its_seed(make_run: MakeRun, tmp_path: Path) -> None:
+    """A second seed, weaker in everything, changes no gain: not of those without it either."""
+    runs = [make_run("experts-0", "expert"), make_run("experts-1", "expert", seed=1, scale=0.8)]
+    runs += [make_run("mera-0", "mera"), make_run("mera-1", "mera", seed=1, scale=0.8)]
+    runs.append(make_run("tune", "finetune", "finetune"))
+    report = write_report(runs, tmp_path / "out")
+    table = table_of(report.text, "Table 2")
+    assert line_of(table, "MERA(10%)")[1:] == ["101.00", "±", "0.00", "3.90"]
+    assert line_of(table, "Fine-Tuning")[1:] == ["59.76", "27.23"]
+    text = " ".join(report.text.split())
+    assert "Stage 1 counts as 100 %, as in" not in text
+    assert "expert of audio/caption (60.14) is weaker than 2 model(s)" in text
+
+
+def test_what_is_missing_is_said(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("experts", "expert"), make_run("mera", "mera", stages=2)]
+    runs += [make_run(f"tune-{o}", "finetune", order=o) for o in ("sequential", "reverse")]
+    empty = make_run("ewc", "ewc", "ewc")
+    (empty / "results.jsonl").unlink()
+    report = write_report([*runs, empty], tmp_path / "out")
+    text = " ".join(report.text.split())
+    assert "are not over the same ones: EWC (order 1 only); MERA(10%) (order 1 only)." in text
+    assert "measured so far: ewc (EWC) 0 of 4; mera (MERA(10%)) 2 of 4." in text
+    drawn = (report.folder / "gains.svg").read_text(encoding="utf-8")
+    assert "MERA(10%) (order 1)" in drawn
+    assert "EWC" not in drawn
+
+
+def test_a_method_looks_the_same_in_every_report(make_run: MakeRun, tmp_path: Path) -> None:
+    experts, tune = make_run("experts", "expert"), make_run("tune", "finetune", "finetune")
+    few, many = make_run("one", "mera", "mera-1", percent=1.0), make_run("ten", "mera")
+    first = write_report([experts, many, few, tune], tmp_path / "a")
+    second = write_report([experts, tune, few, many], tmp_path / "b")
+    for name in first.files:
+        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
+    assert "#56b4e9" in (first.folder / "gains.svg").read_text(encoding="utf-8")
+    alone = write_report([experts, few], tmp_path / "c")
+    for name in ("gains.svg", "scores.svg"):
+        drawn = (alone.folder / name).read_text(encoding="utf-8")
+        assert "#56b4e9" in drawn
+        assert "#0072b2" not in drawn
+
+
+def test_long_names_fit_into_the_legend(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("experts", "expert"), make_run("other", "mera", profile="tiny")]
+    runs += [make_run(f"own-{n}", "my-own-method", percent=float(n)) for n in (4, 5)]
+    report = write_report(runs, tmp_path / "out")
+    for name in ("gains.png", "scores.png"):
+        with Image.open(report.folder / name) as image:
+            for column in (0, image.width - 1):
+                edge = image.convert("L").crop((column, 0, column + 1, image.height))
+                assert edge.getextrema() == (255, 255)
+
+
+def test_stage_1_is_compared_with_its_expert_over_all_seeds(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    runs = [make_run("experts", "expert")]
+    runs += [make_run("mera-0", "mera", scale=0.9), make_run("mera-1", "mera", seed=1, scale=1.1)]
+    assert "Stage 1 counts as 100 %, as in" not in write_report(runs, tmp_path / "two").text
+    assert "expert it is: MERA(10%), order 1: 90.00 %." in " ".join(
+        write_report(runs[:2], tmp_path / "one").text.split()
+    )
 
 
 def test_runs_with_different_settings_are_never_averaged(make_run: MakeRun, tmp_path: Path) -> None:
@@ -171,7 +246,7 @@ def test_runs_with_different_settings_are_never_averaged(make_run: MakeRun, tmp_
     report = write_report(runs, tmp_path / "out")
     assert line_of(report.text, "MERA(1%)", "4", "pointcloud")[3:5] == ["1", "95.18+"]
     assert line_of(report.text, "MERA(10%)", "4", "pointcloud")[3:5] == ["1", "98.05+"]
-    assert "mera differs in replay.percent: one 1, ten 10." in report.text
+    assert "mera differs in replay.percent: MERA(1%) 1, MERA(10%) 10." in report.text
 
 
 def test_profiles_are_never_compared(make_run: MakeRun, tmp_path: Path) -> None:
