@@ -365,8 +365,10 @@ def load_config(run: Path, execution: typing.Sequence[str] = ()) -> RunConfig:
     """
     path = run / "config.yaml"
     if not path.exists():
+        inside = any(run.glob("*/config.yaml"))
+        remedy = f"make one with 'mera-ds init {run} --profile pocket'"
         raise InputError(
-            f"there is no run at {run}; make one with 'mera-ds init {run} --profile pocket'"
+            f"there is no run at {run}; {f'it holds runs: say {run}/*' if inside else remedy}"
         )
     for text in execution:
         if not text.startswith("execution."):

@@ -142,6 +142,10 @@ class TestRunFolder:
     def test_a_folder_without_a_run_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"there is no run at .*mera-ds init"):
             load_config(tmp_path / "nowhere")
+        (tmp_path / "study/one").mkdir(parents=True)
+        save_config(load_profile("tiny"), tmp_path / "study/one/config.yaml")
+        with pytest.raises(InputError, match=r"no run at .*it holds runs: say .*/study/\*$"):
+            load_config(tmp_path / "study")
 
 
 class TestPaths:
