@@ -5,10 +5,12 @@ The runs, and the report that compares them, are made with the commands that the
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -253,6 +255,54 @@ class TestJudges:
         said = succeed(command, place).output
         assert "kappa" in said
         assert "accuracy by offline-containment" in said
+
+
+class TestDiagnosisByScores:
+    def diagnose(self, run: Path) -> list[dict[str, Any]]:
+        succeed(f"mera-ds diagnose {run} --samples 4 --scores", run)
+        assert (run / "report/diagnosis-scores.png").read_bytes().startswith(PNG)
+        found = json.loads((run / "report/diagnosis-scores.json").read_text())
+        assert found["measure"] == "score lost, %"
+        return list(found["findings"])
+
+    def test_with_the_newest_connectors_it_is_what_the_evaluations_found(
+        self, runs: Mapping[str, Path], tmp_path: Path
+    ) -> None:
+        run = Path(shutil.copytree(runs["mera"], tmp_path / "mera"))
+        rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+        scores = {(row["stage"], row["modality"], row["task"]): row["score"] for row in rows}
+        found = self.diagnose(run)
+        assert len(found) == 10
+        for row in found:
+            kept = [
+                scores[row["stage"], row["modality"], task] / first
+                for task in ("caption", "qa")
+                if (first := scores[row["learnt_at"], row["modality"], task]) > 0
+            ]
+            assert row["newest_connector"] == pytest.approx(100 - 100 * fmean(kept))
+            assert row["when_learnt"] == 0
+        predictions = list((run / "diagnosis").rglob("*.jsonl"))
+        assert len(predictions) == 2 * 6  # of each old modality, with its old connector
+        assert any(row["misalignment"] for row in found)
+        times = [path.stat().st_mtime_ns for path in predictions]
+        assert self.diagnose(run) == found
+        assert [path.stat().st_mtime_ns for path in predictions] == times
+
+    def test_without_realigning_nothing_is_generated(
+        self, runs: Mapping[str, Path], tmp_path: Path
+    ) -> None:
+        run = Path(shutil.copytree(runs["finetune"], tmp_path / "finetune"))
+        found = self.diagnose(run)
+        assert not (run / "diagnosis").exists()
+        assert not any(row["misalignment"] for row in found)
+        assert any(row["forgetting"] for row in found)
+        path = run / "stages/01-image/evaluation/scores.json"
+        scores = json.loads(path.read_text())
+        rows = [row | {"score": 0.0} for row in scores["rows"]]
+        path.write_text(json.dumps(scores | {"rows": rows}))
+        ended = finish(start(f"mera-ds diagnose {run} --scores", run))
+        assert ended.status == 2
+        assert "image scored 0 on all its tests when it was learnt" in ended.errors
 
 
 class TestRunningAgain:

@@ -1,6 +1,7 @@
 """The command `mera-ds diagnose`."""
 
 import argparse
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         action="store_true",
         help="realign a copy of each stage's connectors first, for a method that does not",
     )
+    parser.add_argument(
+        "--scores",
+        action="store_true",
+        help="compare scores, as the paper does, instead of losses; generates where needed",
+    )
     parser.add_argument("--out", type=Path, help="folder for the files; default <run>/report")
     parser.set_defaults(command=diagnose)
 
@@ -37,13 +43,14 @@ def diagnose(arguments: argparse.Namespace) -> None:
     """Print a table of a run's losses and drifts; write it as JSON, with a picture.
 
     Raises:
-        InputError: if no stage of the run is finished, or it is one of experts.
+        InputError: if no stage of the run is finished, or it is one of experts; with `--scores`
+            also if a modality scored nothing when it was learnt.
     """
     if arguments.samples < 1:
         raise InputError(f"--samples is {arguments.samples}; it must be at least 1")
     from mera_ds.distributed import ensure_launcher_variables, process_group
     from mera_ds.evaluate.diagnose import diagnose as find
-    from mera_ds.report.diagnosis import diagnosis_figure, diagnosis_table
+    from mera_ds.report.diagnosis import LOSSES, SCORES, diagnosis_figure, diagnosis_table
     from mera_ds.report.render import to_text
     from mera_ds.sequence import open_run
 
@@ -52,7 +59,10 @@ def diagnose(arguments: argparse.Namespace) -> None:
     world = ensure_launcher_variables()
     with process_group(world, run.config.execution.timeout_seconds):
         stages = _finished(run, arguments.realign, world)
-        findings = find(run.folder, run.config, stages, arguments.samples, world)
+        with folder_lock(run.folder) if arguments.scores else contextlib.nullcontext():
+            findings = find(
+                run.folder, run.config, stages, arguments.samples, world, arguments.scores
+            )
     title = f"Forgetting or misalignment: {run.folder.resolve().name} ({run.plan.method})"
     out = arguments.out or run.folder / "report"
     rows = [
@@ -60,13 +70,15 @@ def diagnose(arguments: argparse.Namespace) -> None:
         | {"misalignment": entry.misalignment, "forgetting": entry.forgetting}
         for entry in findings
     ]
+    scale = SCORES if arguments.scores else LOSSES
     facts = {"schema": 1, "method": run.plan.method, "samples": arguments.samples}
-    write_json(out / "diagnosis.json", facts | {"findings": rows})
-    print(to_text(diagnosis_table(findings, title)))
-    print(f"findings: {out / 'diagnosis.json'}")
+    path = out / f"{scale.file}.json"
+    write_json(path, facts | {"measure": scale.axis, "findings": rows})
+    print(to_text(diagnosis_table(findings, title, scale)))
+    print(f"findings: {path}")
     if len(stages) > 1:
-        write_bytes(out / "diagnosis.png", diagnosis_figure(findings, title))
-        print(f"figure:   {out / 'diagnosis.png'}")
+        write_bytes(path.with_suffix(".png"), diagnosis_figure(findings, title, scale))
+        print(f"figure:   {path.with_suffix('.png')}")
 
 
 def _finished(run: "Run", realign: bool, world: "World") -> list[StageModel]:

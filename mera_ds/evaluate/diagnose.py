@@ -1,7 +1,7 @@
 """Forgetting or misalignment? Where an old modality's loss comes from (paper, section 3).
 
 For every stage i and every modality j learnt until then, the mean loss per supervised token on
-texts of its test set, with
+texts of its test set, or what is lost of its scores there (see `measures`), with
 
     (a) the backbone of stage i and the connector as stage j left it,
     (b) the backbone of stage i and the connector that is in its model, realigned or not,
@@ -23,13 +23,14 @@ from torch.nn import functional
 from mera_ds.batch import Batch
 from mera_ds.checkpoint import Manifest, load_connector, read_manifest
 from mera_ds.config import RunConfig, resolve_path
-from mera_ds.data.dataset import TEST
+from mera_ds.data.dataset import TEST, ModalityData, UnitReader
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.data.replay import replay_sample
 from mera_ds.deltas import WeightedDelta, add_products, weighted_deltas
 from mera_ds.distributed import World
 from mera_ds.evaluate.findings import Finding, StageModel
-from mera_ds.evaluate.loss import mean_loss, read_batches
+from mera_ds.evaluate.loss import read_batches
+from mera_ds.evaluate.measures import Loss, Measure, Opened, ScoreLost
 from mera_ds.features import open_data
 from mera_ds.log import logger
 from mera_ds.model.backbone import load_tokenizer
@@ -44,7 +45,12 @@ STATE_SAMPLES = 4
 
 @torch.no_grad()
 def diagnose(
-    run: Path, config: RunConfig, stages: Sequence[StageModel], samples: int, world: World
+    run: Path,
+    config: RunConfig,
+    stages: Sequence[StageModel],
+    samples: int,
+    world: World,
+    scores: bool = False,
 ) -> list[Finding]:
     """Return a finding for every stage and modality learnt until then, its own included.
 
@@ -54,8 +60,14 @@ def diagnose(
         stages: the finished stages, from the first.
         samples: texts per modality.
         world: this process, alone.
+        scores: whether scores are compared instead of losses.
+
+    Raises:
+        InputError: if scores are compared and a modality had none above 0 when it was learnt.
     """
-    batches = _batches(run, config, [stage.modality for stage in stages], samples, world)
+    tests = _open_tests(run, config, [stage.modality for stage in stages], world)
+    batches = {name: _batches(config, *test, samples) for name, test in tests.items()}
+    measure: Measure = ScoreLost(run, config, tests, world) if scores else Loss(batches)
     learnt: dict[str, tuple[float, Tensor]] = {}
     findings = []
     for number, stage in enumerate(stages, start=1):
@@ -67,43 +79,48 @@ def diagnose(
         for place, old in enumerate(stages[:number], start=1):
             name = old.modality
             _set_connector(model, old.product, name)
-            loss, states = mean_loss(model, batches[name]), _states(model, batches[name])
-            when, at_first = learnt.setdefault(name, (loss, states))
-            newest = loss
+            before = measure(model, name, stage.product, old.product)
+            states = _states(model, batches[name])
+            when, at_first = learnt.setdefault(name, (before, states))
+            newest = before
             if _connector_sha256(stage.realigned, name) != _connector_sha256(old.product, name):
                 _set_connector(model, stage.realigned, name)
-                newest = mean_loss(model, batches[name])
+                newest = measure(model, name, stage.product, stage.realigned)
             findings.append(
                 Finding(
                     stage=number,
                     learnt_at=place,
                     modality=name,
-                    old_connector=loss,
+                    old_connector=before,
                     newest_connector=newest,
                     when_learnt=when,
                     weight_drift=weight_drift(model, old.product, stage.product),
                     cosines=tuple(_cosine(a, b) for a, b in zip(states, at_first, strict=True)),
                 )
             )
-            logger.info("stage %d, %s: %.3f, %.3f, %.3f", number, name, loss, newest, when)
+            logger.info("stage %d, %s: %.3f, %.3f, %.3f", number, name, before, newest, when)
     return findings
 
 
-def _batches(
-    run: Path, config: RunConfig, modalities: Sequence[str], samples: int, world: World
-) -> dict[str, list[Batch]]:
-    """Return some texts of each test set, each task with its share."""
+def _open_tests(
+    run: Path, config: RunConfig, modalities: Sequence[str], world: World
+) -> dict[str, Opened]:
     encoders = build_encoders(config, run, modalities)
     prompts = PromptBuilder(config.prompt, load_tokenizer(resolve_path(config.backbone.path, run)))
-    size = config.execution.micro_batch_size
-    found = {}
-    for name in modalities:
-        data, reader = open_data(config, run, name, TEST, encoders[name], prompts, world)
-        units = data.units(TASKS)
-        percent = min(100.0, 100 * samples / len(units))
-        kept = replay_sample(data.ids(units), data.tasks(units), percent, config.seed)
-        found[name] = read_batches(reader, units.take(kept), size)
-    return found
+    return {
+        name: open_data(config, run, name, TEST, encoders[name], prompts, world)
+        for name in modalities
+    }
+
+
+def _batches(
+    config: RunConfig, data: ModalityData, reader: UnitReader, samples: int
+) -> list[Batch]:
+    """Return some texts of a test set, each task with its share."""
+    units = data.units(TASKS)
+    percent = min(100.0, 100 * samples / len(units))
+    kept = replay_sample(data.ids(units), data.tasks(units), percent, config.seed)
+    return read_batches(reader, units.take(kept), config.execution.micro_batch_size)
 
 
 def _set_connector(model: MultimodalLM, product: Path, modality: str) -> None:

@@ -22,7 +22,7 @@ class Finding:
     learnt_at: int
     modality: str
     old_connector: float
-    """(a), loss per token."""
+    """(a), loss per token, or per cent lost of the scores."""
     newest_connector: float
     """(b)"""
     when_learnt: float
