@@ -8,7 +8,7 @@ from mera_ds.report.gains import Mean, Progress
 from mera_ds.report.labels import ABLATION, method_rank, plain_method
 from mera_ds.report.parameters import run_parameters
 from mera_ds.report.render import Table
-from mera_ds.report.summary import Group, Section
+from mera_ds.report.summary import Group, Section, differing_settings
 from mera_ds.report.tables import PARTIAL, limits_note, measurement_notes, of_runs
 
 _BACKWARD = (
@@ -202,15 +202,18 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _realigned(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    """Return each group without realigning beside that with it, of the same order."""
+    """Return each group with realigning, of the same order beside the likest without.
+
+    The likest is that with the fewest settings that differ.
+    """
     pairs = []
     for realigned in groups:
         plain = plain_method(realigned.method)
         found = [g for g in groups if g.method == plain and g.order == realigned.order]
-        percent = realigned.runs[0].config.replay.percent
-        same = [g for g in found if g.runs[0].config.replay.percent == percent]
-        if len(same or found) == 1:
-            pairs.append(((same or found)[0], realigned))
+        unlike = [len(differing_settings([g.runs[0], realigned.runs[0]])) for g in found]
+        nearest = [g for g, count in zip(found, unlike, strict=True) if count == min(unlike)]
+        if len(nearest) == 1:
+            pairs.append((nearest[0], realigned))
     return sorted(pairs, key=lambda pair: method_rank(pair[0].method))
 
 

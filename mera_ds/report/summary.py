@@ -329,7 +329,8 @@ def _label(run: Run, runs: Sequence[Run]) -> str:
         return name
     values = [run.settings.get(key, "unset") for key in keys]
     short = [key.rpartition(".")[2] for key in keys]
-    text = ", ".join(f"{key}={value}" for key, value in zip(short, values, strict=True))
+    said = [value.strip('"') for value in values]  # they are JSON
+    text = ", ".join(f"{key}={value}" for key, value in zip(short, said, strict=True))
     if len(text) <= 24:
         return f"{name} [{text}]"
     variants: list[list[str]] = []

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mera_ds.config import PathWeaveConfig
 from mera_ds.report import write_report
 from mera_ds.report.costs import run_costs
 from mera_ds.report.intervals import Intervals
@@ -104,6 +105,19 @@ def test_table_5_compares_equal_seeds(make_run: MakeRun) -> None:
     assert float(change[0]) == pytest.approx(86.85 - 59.76, abs=0.011)
     assert any("over the seeds that" in note for note in tables["Table 5"].notes)
     assert any("(0, 1)" in text and "(seed 0 only)" in text for text in section.warnings())
+
+
+def test_table_5_takes_the_likest_of_a_methods_variants(make_run: MakeRun) -> None:
+    identity = PathWeaveConfig(inner="identity")
+    folders = [make_run("experts", "expert"), make_run("random", "pathweave", "finetune")]
+    folders.append(make_run("identity", "pathweave", "pathweave", pathweave=identity))
+    folders.append(make_run("realign", "pathweave+realign", "mera-10", percent=1.0))
+    (section,) = summarise(runs := read_runs(folders))
+    tables = {table.title[:7]: table for table in paper_tables(section, run_costs(runs))}
+    before, change = tables["Table 5"].rows
+    assert before[0] == "PathWeave [inner=random]"
+    assert change[0] == "+ Realigning: PathWeave + Realign"
+    assert float(change[1]) == pytest.approx(101.0 - 59.76, abs=0.011)
 
 
 def test_a_method_that_the_paper_has_not_keeps_its_name(make_run: MakeRun, tmp_path: Path) -> None:
