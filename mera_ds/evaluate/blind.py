@@ -14,7 +14,7 @@ from mera_ds.config import RunConfig, resolve_path
 from mera_ds.data.dataset import TEST, ModalityData, UnitReader
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World, main_rank_alone, main_rank_first, share
-from mera_ds.evaluate.generate import predict_test
+from mera_ds.evaluate.generate import predict_test, prediction_settings
 from mera_ds.evaluate.items import test_tasks
 from mera_ds.evaluate.predictions import WITHOUT_MEDIA, load_predictions
 from mera_ds.evaluate.score import score_test
@@ -102,7 +102,7 @@ def _score_modality(
 
 def _folder(run: Path, config: RunConfig, data: ModalityData) -> Path:
     """Return where predictions lie that depend on the same things."""
-    settings = (config.evaluate.limit, config.evaluate.batch_size, config.evaluate.max_new_tokens)
+    settings = prediction_settings(config.evaluate)
     caption = config.modalities[data.modality].caption_prompt
     facts = [base_sha256(config, run), dump(config.prompt), caption, settings, data.fingerprint]
     return run / "without-media" / sha256_json(facts)[:16]

@@ -5,13 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mera_ds.config import Decode, RunConfig
+from mera_ds.config import Decode, EvaluateConfig, RunConfig
 from mera_ds.data.dataset import ModalityData, UnitReader
 from mera_ds.distributed import World
 from mera_ds.evaluate.items import Item, test_items
 from mera_ds.evaluate.parts import Generated, cut_into_parts, predict_in_parts
 from mera_ds.evaluate.predictions import Prediction
 from mera_ds.model.mllm import MultimodalLM
+
+
+def prediction_settings(settings: EvaluateConfig) -> tuple[int | None, int, int]:
+    """Return what predictions depend on of the settings; batches of other sizes round otherwise."""
+    return settings.limit, settings.batch_size, settings.max_new_tokens
 
 
 def questions(data: ModalityData, items: Sequence[Item]) -> list[Prediction]:

@@ -16,7 +16,7 @@ from mera_ds.data.dataset import ModalityData, UnitReader
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World
 from mera_ds.errors import InputError
-from mera_ds.evaluate.generate import predict_test
+from mera_ds.evaluate.generate import predict_test, prediction_settings
 from mera_ds.evaluate.items import test_tasks
 from mera_ds.evaluate.loss import mean_loss
 from mera_ds.evaluate.predictions import load_predictions, scored_tests
@@ -115,7 +115,7 @@ class ScoreLost:
                 return known
         data, reader = self._tests[modality]
         caption = self._config.modalities[modality].caption_prompt
-        settings = [dump(self._config.evaluate), dump(self._config.prompt), caption]
+        settings = [dump(self._config.prompt), caption, prediction_settings(self._config.evaluate)]
         facts = [whole.model_sha256, entry.sha256, settings, data.fingerprint]
         folder = self._run / "diagnosis" / sha256_json(facts)[:16]
         file = folder / f"{test[0]}-{test[1]}.jsonl"
