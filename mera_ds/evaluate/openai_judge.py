@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 
@@ -207,12 +208,20 @@ class OpenAIJudge:
                 max_tokens=MAX_REPLY_TOKENS,
             )
             reply = completion.choices[0].message.content or ""
-            if completion.usage:
-                usage = completion.usage
-                cost = self._cost(usage.prompt_tokens, usage.completion_tokens)
-        except (ValueError, AttributeError, IndexError, TypeError):
+            if not isinstance(reply, str):
+                return "", cost
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             return "", cost  # not a chat completion; the client hands such things through
-        return self._without_key(reply), cost
+        return self._without_key(reply), self._spent(completion, cost)
+
+    def _spent(self, completion: Any, estimate: float) -> float:
+        """Return the dollars of a reply, as its server counts tokens, else the estimate."""
+        try:
+            usage = completion.usage
+            dollars = self._cost(usage.prompt_tokens, usage.completion_tokens)
+        except (AttributeError, TypeError):
+            return estimate
+        return dollars if dollars >= 0 else estimate
 
     def _failed(self, error: openai.APIError) -> Judgement:
         message = self._without_key(str(error))[:300]

@@ -308,8 +308,15 @@ def test_timeouts_end_as_missing(
         (200, {"Content-Type": "application/json"}, b"null"),
         (200, {"Content-Type": "text/html"}, b"<html>gateway</html>"),
         (200, {"Content-Type": "application/json"}, b""),
+        (200, {"Content-Type": "application/json"}, b'{"choices": {"first": {}}}'),
+        (200, {"Content-Type": "application/json"}, b"[" * 100_000),
+        completion([{"type": "text", "text": YES}]),
+        completion(5),
     ],
-    ids=["empty", "refusal", "truncated", "no-choice", "broken", "null", "html", "no-body"],
+    ids=[
+        *("empty", "refusal", "truncated", "no-choice", "broken", "null", "html", "no-body"),
+        *("choices-object", "deep", "content-list", "content-number"),
+    ],
 )
 def test_unusable_replies_are_asked_again_twice_then_invalid(
     reply: Reply, server: ChatServer, make_judge: Callable[..., OpenAIJudge], tmp_path: Path
@@ -393,6 +400,26 @@ def test_limit_stops_repeated_questions(
     assert limit * 0.8 < spent <= limit
     assert {j.verdict for j in judgements} == {"invalid", "error"}
     assert "cost limit" in judgements[-1].detail
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        *(None, {}, "free", {"prompt_tokens": None, "completion_tokens": None}),
+        *({"prompt_tokens": -(10**9), "completion_tokens": 0}, {"prompt_tokens": "3"}),
+    ],
+)
+def test_a_reply_without_usable_token_counts_costs_its_estimate(
+    usage: Any, server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+) -> None:
+    status, headers, body = completion(YES)
+    reply = status, headers, json.dumps({**json.loads(body), "usage": usage}).encode()
+    server.respond = lambda n, payload: reply
+    limit = 1.5 * make_judge().estimate([item()]).dollars
+    judge = make_judge(max_dollars=limit)
+    assert judge.judge([item()])[0].verdict == "yes"
+    with pytest.raises(InputError, match="limit"):
+        judge.judge([item(1)])
 
 
 def test_unknown_model_needs_prices(
