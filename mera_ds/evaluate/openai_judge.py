@@ -7,10 +7,10 @@ where it stopped when the same call is made again.
 
 import json
 import os
+import re
 import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,15 +99,15 @@ class OpenAIJudge:
             InputError: the key is not in the environment, or the model's prices are not known.
         """
         key = os.environ.get(KEY_VARIABLE, "").strip()
-        if not (key and key.isascii()):
+        if not re.fullmatch("[!-~]+", key):
             raise InputError(
                 f"the judge {model} needs an API key in the environment variable {KEY_VARIABLE} "
-                "(any text for a local server that wants none); or use an offline judge"
+                "(any word for a local server that wants none); or use an offline judge"
             )
         if prices is None and model not in PRICES:
             raise InputError(
                 f"the prices of judge model {model!r} are not known, so its cost cannot be "
-                f"limited; give them, or use one of {', '.join(PRICES)}"
+                f"limited; give them (evaluate.judge_prices), or use one of {', '.join(PRICES)}"
             )
         self.name = model
         self._key = key
@@ -138,17 +138,21 @@ class OpenAIJudge:
             raise InputError(
                 f"judging {estimate.requests} answers with {self.name} may cost "
                 f"${estimate.dollars:.4f} and ${self._budget.left:.4f} of the limit are left; "
-                "raise the limit or judge fewer answers"
+                "raise the limit (evaluate.judge_max_dollars) or judge fewer answers"
             )
         logger.info(
             f"judging {len(items)} answers with {self.name}: {estimate.requests} requests, "
             f"at most ${estimate.dollars:.4f}; the other verdicts are known"
         )
         self._failures = 0
+        self._pace.start()
         unique = {self._cache_key(item): item for item in items}
         pool = ThreadPoolExecutor(self._concurrency)
         try:
             verdicts = dict(zip(unique, pool.map(self._judge, unique.values()), strict=True))
+        except BaseException:
+            self._pace.stop()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
         return [verdicts[self._cache_key(item)] for item in items]
@@ -169,6 +173,8 @@ class OpenAIJudge:
                 reply, spent = self._ask(item)
             except openai.APIError as error:
                 return self._failed(error)
+            except CancelledError:
+                return Judgement("error", None, "not asked: judging has ended")
             finally:
                 self._budget.settle(most, spent)
             self._failures = 0
@@ -182,7 +188,8 @@ class OpenAIJudge:
         tokens = _prompt_tokens(item) + MAX_REPLY_TOKENS
         attempt = 0
         while True:
-            self._pace.wait(tokens)
+            if not self._pace.wait(tokens):
+                raise CancelledError
             try:
                 return self._send(item)
             except openai.APIError as error:
@@ -191,7 +198,7 @@ class OpenAIJudge:
                     raise
                 if isinstance(error, openai.RateLimitError):
                     self._pace.hold(seconds)
-                time.sleep(seconds)
+                self._pace.rest(seconds)
                 attempt += 1
 
     def _send(self, item: JudgeItem) -> tuple[str, float]:
@@ -224,10 +231,11 @@ class OpenAIJudge:
         return dollars if dollars >= 0 else estimate
 
     def _failed(self, error: openai.APIError) -> Judgement:
-        message = self._without_key(str(error))[:300]
+        cause = f" ({error.__cause__})" if isinstance(error, openai.APIConnectionError) else ""
+        message = self._without_key(f"{error}{cause}")[:300]
         refused = openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
         if isinstance(error, refused) or error.code == "insufficient_quota":
-            self._failures = MAX_FAILURES_IN_A_ROW  # the other threads stop asking
+            self._pace.stop()
             raise InputError(
                 f"the server refuses the judge model {self.name!r} or the key in {KEY_VARIABLE}: "
                 f"{message}"

@@ -6,10 +6,11 @@ import itertools
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,15 +210,40 @@ def test_retry_after_is_honoured(
     assert server.times[1] - server.times[0] >= 1.0
 
 
+@pytest.fixture
+def far_from_greenwich(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_from_greenwich")
+@pytest.mark.parametrize(
+    "written",
+    [lambda at: email.utils.formatdate(at, usegmt=True), lambda at: time.asctime(time.gmtime(at))],
+    ids=["usual", "old"],
+)
 def test_a_date_to_retry_after_is_honoured(
-    server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+    written: Callable[[float], str], server: ChatServer, make_judge: Callable[..., OpenAIJudge]
 ) -> None:
-    date = email.utils.formatdate(time.time() + 2, usegmt=True)
+    date = written(time.time() + 2)
     server.respond = lambda n, payload: (
         failure(503, Retry_After=date) if n == 0 else completion(YES)
     )
     assert make_judge().judge([item()])[0].verdict == "yes"
     assert server.times[1] - server.times[0] >= 0.9
+
+
+@pytest.mark.parametrize("when", ["nan", "soon", "-3", ""])
+def test_a_senseless_time_to_retry_after_is_passed_over(
+    when: str, server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+) -> None:
+    server.respond = lambda n, payload: (
+        failure(429, Retry_After=when) if n == 0 else completion(YES)
+    )
+    assert make_judge().judge([item()])[0].verdict == "yes"
 
 
 def test_a_busy_server_is_left_alone_by_all_threads(
@@ -270,6 +296,7 @@ def test_a_broken_connection_is_retried(
     server.respond = lambda n, payload: RESET
     (judgement,) = make_judge(max_retries=1).judge([item(1)])
     assert judgement.verdict == "error"
+    assert "reset by peer" in judgement.detail
     assert len(server.requests) == 4
 
 
@@ -365,6 +392,31 @@ def test_refused_key_or_model_ends_the_command(
         make_judge().judge([item(n) for n in range(50)])
     assert CANARY not in str(caught.value)
     assert len(server.requests) <= 20
+
+
+@pytest.mark.parametrize(("status", "error"), [(401, InputError), (400, KeyboardInterrupt)])
+def test_the_end_waits_for_no_retry(
+    status: int,
+    error: type[BaseException],
+    server: ChatServer,
+    make_judge: Callable[..., OpenAIJudge],
+) -> None:
+    def respond(number: int, payload: dict[str, Any]) -> Reply:
+        if "picture 0?" in payload["messages"][1]["content"]:
+            return failure(503, Retry_After="60")
+        time.sleep(0.1)
+        if error is KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+        return failure(status)
+
+    server.respond = respond
+    started = time.monotonic()
+    judge = make_judge(concurrency=2)
+    with pytest.raises(error):
+        judge.judge([item(n) for n in range(2)])
+    assert time.monotonic() - started < 20
+    server.respond = lambda n, payload: completion(YES)
+    assert judge.judge([item()])[0].verdict == "yes"
 
 
 # Cost
@@ -490,10 +542,16 @@ def test_killed_judging_asks_only_for_the_rest(server: ChatServer, tmp_path: Pat
 # Key
 
 
-def test_key_is_needed_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", [None, " ", "sk-half\nand-half", "sk-ключ"])
+def test_key_is_needed_and_named(
+    key: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(InputError, match="OPENAI_API_KEY"):
+    if key is not None:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="OPENAI_API_KEY") as caught:
         OpenAIJudge(tmp_path / "verdicts.jsonl")
+    assert "half" not in str(caught.value)
 
 
 def test_key_is_in_no_file_log_or_message(
