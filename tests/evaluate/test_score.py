@@ -245,6 +245,11 @@ class TestRun:
         executed = dataclasses.replace(config.execution, features="online")
         again = dataclasses.replace(config, execution=executed)
         assert evaluation_is_finished(evaluated, again, step)
+        dearer = dataclasses.replace(
+            config.evaluate, judge_max_dollars=50.0, judge_prices=(1.0, 2.0), judge_concurrency=2
+        )
+        paid = dataclasses.replace(config, evaluate=dearer)
+        assert evaluation_is_finished(evaluated, paid, step)
 
     def test_a_killed_one_goes_on_with_the_stored_predictions(self, evaluated: Path) -> None:
         config, step = load_config(evaluated), steps(evaluated)[1]
