@@ -89,7 +89,7 @@ class OpenAIJudge:
             cache: JSON-lines file of verdicts; made if missing, only ever appended to.
             prices: needed for a model that `PRICES` does not list (zeros for a local server).
             max_dollars: refuse to start above this estimate, and stop asking when it is spent.
-            timeout: seconds for one request.
+            timeout: seconds for connecting, and for each piece of a reply.
             max_retries: repetitions of a request after 408, 409, 429, 5xx, a timeout or a broken
                 connection (see `seconds_until_retry`).
             requests_per_minute: repetitions count; None: as fast as the server answers.
@@ -297,11 +297,11 @@ class _VerdictCache:
             try:
                 entry = json.loads(line)
                 verdict = Judgement(entry["verdict"], entry["score"], entry["detail"])
-                key = entry["key"]
+                if verdict.verdict not in ("yes", "no"):
+                    raise ValueError
+                self._verdicts[entry["key"]] = verdict
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s holds an unreadable line; that answer is judged again", path)
-                continue
-            self._verdicts[key] = verdict
 
     def __contains__(self, key: str) -> bool:
         return key in self._verdicts

@@ -512,7 +512,9 @@ def test_damaged_cache_lines_are_judged_again(
     make_judge(concurrency=1).judge(items)
     path = tmp_path / "verdicts.jsonl"
     first, second, third = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first + b"\x00\xff{}\n" + second + third[:-20])
+    odd = b'\x00\xff{}\n{"key": [], "verdict": "yes", "score": 5, "detail": ""}\n[]\n'
+    missing = third.replace(b'"yes"', b'"error"')
+    path.write_bytes(first + odd + second + missing + third[:-20])
     make_judge().judge(items)
     assert len(server.requests) == 4
     make_judge().judge(items)
