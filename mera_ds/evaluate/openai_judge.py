@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 
@@ -37,7 +37,7 @@ MAX_REPLY_TOKENS = 64
 MAX_ASKS = 3
 """A reply that is not understood is asked for again at most twice."""
 MAX_FAILURES_IN_A_ROW = 20
-"""So many requests in a row without a reply: the rest is not asked."""
+"""So many answers in a row for which no reply had text: the rest is not asked."""
 BYTES_PER_TOKEN = 3
 """For estimates; English text has four or more, so they are on the high side."""
 
@@ -119,6 +119,7 @@ class OpenAIJudge:
         self._max_retries = max_retries
         self._client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=0)
         self._failures = 0
+        self._last_failure = ""
 
     def estimate(self, items: Sequence[JudgeItem]) -> Estimate:
         """Return what judging the items takes at most, if every first reply is understood."""
@@ -164,7 +165,7 @@ class OpenAIJudge:
         reply = ""
         for _ in range(MAX_ASKS):
             if self._failures >= MAX_FAILURES_IN_A_ROW:
-                return Judgement("error", None, f"not asked: {self._failures} requests failed")
+                return Judgement("error", None, f"not asked after others: {self._last_failure}")
             most = self._cost(_prompt_tokens(item), MAX_REPLY_TOKENS)
             if not self._budget.reserve(most):
                 return Judgement("error", None, "not asked: the cost limit is reached")
@@ -177,10 +178,13 @@ class OpenAIJudge:
                 return Judgement("error", None, "not asked: judging has ended")
             finally:
                 self._budget.settle(most, spent)
-            self._failures = 0
+            if reply:
+                self._failures = 0
             if judgement := parse_reply(reply):
                 self._cache.add(key, judgement)
                 return judgement
+        if not reply:
+            return self._failure("invalid", "no text in what the server sent")
         return Judgement("invalid", None, f"not understood: {reply[:200]!r}")
 
     def _ask(self, item: JudgeItem) -> tuple[str, float]:
@@ -240,8 +244,12 @@ class OpenAIJudge:
                 f"the server refuses the judge model {self.name!r} or the key in {KEY_VARIABLE}: "
                 f"{message}"
             ) from None
+        return self._failure("error", f"{type(error).__name__}: {message}")
+
+    def _failure(self, verdict: Literal["invalid", "error"], why: str) -> Judgement:
         self._failures += 1
-        return Judgement("error", None, f"{type(error).__name__}: {message}")
+        self._last_failure = why
+        return Judgement(verdict, None, why)
 
     def _without_key(self, text: str) -> str:
         """Remove the key from what a server sent, should it repeat it."""

@@ -374,13 +374,26 @@ def test_failed_judgements_are_missing_and_asked_again_later(
     assert len(server.requests) == asked + 1
 
 
-def test_a_dead_server_is_given_up(
-    server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+@pytest.mark.parametrize(
+    ("reply", "verdicts", "most"),
+    [
+        (failure(500), {"error"}, 22),
+        ((200, {"Content-Type": "text/html"}, b"<html>"), {"invalid", "error"}, 66),
+    ],
+    ids=["dead", "not-a-judge"],
+)
+def test_a_useless_server_is_given_up(
+    reply: Reply,
+    verdicts: set[str],
+    most: int,
+    server: ChatServer,
+    make_judge: Callable[..., OpenAIJudge],
 ) -> None:
-    server.respond = lambda n, payload: failure(500)
+    server.respond = lambda n, payload: reply
     judgements = make_judge(max_retries=0, concurrency=2).judge([item(n) for n in range(60)])
-    assert {j.verdict for j in judgements} == {"error"}
-    assert len(server.requests) <= 22
+    assert {j.verdict for j in judgements} == verdicts
+    assert len(server.requests) <= most
+    assert judgements[-1].detail.endswith(judgements[0].detail)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
