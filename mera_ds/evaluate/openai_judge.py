@@ -7,12 +7,13 @@ where it stopped when the same call is made again.
 
 import json
 import os
+import re
 import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import openai
 
@@ -36,7 +37,7 @@ MAX_REPLY_TOKENS = 64
 MAX_ASKS = 3
 """A reply that is not understood is asked for again at most twice."""
 MAX_FAILURES_IN_A_ROW = 20
-"""So many requests in a row without a reply: the rest is not asked."""
+"""So many answers in a row for which no reply had text: the rest is not asked."""
 BYTES_PER_TOKEN = 3
 """For estimates; English text has four or more, so they are on the high side."""
 
@@ -88,7 +89,7 @@ class OpenAIJudge:
             cache: JSON-lines file of verdicts; made if missing, only ever appended to.
             prices: needed for a model that `PRICES` does not list (zeros for a local server).
             max_dollars: refuse to start above this estimate, and stop asking when it is spent.
-            timeout: seconds for one request.
+            timeout: seconds for connecting, and for each piece of a reply.
             max_retries: repetitions of a request after 408, 409, 429, 5xx, a timeout or a broken
                 connection (see `seconds_until_retry`).
             requests_per_minute: repetitions count; None: as fast as the server answers.
@@ -98,15 +99,15 @@ class OpenAIJudge:
             InputError: the key is not in the environment, or the model's prices are not known.
         """
         key = os.environ.get(KEY_VARIABLE, "").strip()
-        if not (key and key.isascii()):
+        if not re.fullmatch("[!-~]+", key):
             raise InputError(
                 f"the judge {model} needs an API key in the environment variable {KEY_VARIABLE} "
-                "(any text for a local server that wants none); or use an offline judge"
+                "(any word for a local server that wants none); or use an offline judge"
             )
         if prices is None and model not in PRICES:
             raise InputError(
                 f"the prices of judge model {model!r} are not known, so its cost cannot be "
-                f"limited; give them, or use one of {', '.join(PRICES)}"
+                f"limited; give them (evaluate.judge_prices), or use one of {', '.join(PRICES)}"
             )
         self.name = model
         self._key = key
@@ -118,6 +119,7 @@ class OpenAIJudge:
         self._max_retries = max_retries
         self._client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=0)
         self._failures = 0
+        self._last_failure = ""
 
     def estimate(self, items: Sequence[JudgeItem]) -> Estimate:
         """Return what judging the items takes at most, if every first reply is understood."""
@@ -137,17 +139,21 @@ class OpenAIJudge:
             raise InputError(
                 f"judging {estimate.requests} answers with {self.name} may cost "
                 f"${estimate.dollars:.4f} and ${self._budget.left:.4f} of the limit are left; "
-                "raise the limit or judge fewer answers"
+                "raise the limit (evaluate.judge_max_dollars) or judge fewer answers"
             )
         logger.info(
             f"judging {len(items)} answers with {self.name}: {estimate.requests} requests, "
             f"at most ${estimate.dollars:.4f}; the other verdicts are known"
         )
         self._failures = 0
+        self._pace.start()
         unique = {self._cache_key(item): item for item in items}
         pool = ThreadPoolExecutor(self._concurrency)
         try:
             verdicts = dict(zip(unique, pool.map(self._judge, unique.values()), strict=True))
+        except BaseException:
+            self._pace.stop()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
         return [verdicts[self._cache_key(item)] for item in items]
@@ -159,7 +165,7 @@ class OpenAIJudge:
         reply = ""
         for _ in range(MAX_ASKS):
             if self._failures >= MAX_FAILURES_IN_A_ROW:
-                return Judgement("error", None, f"not asked: {self._failures} requests failed")
+                return Judgement("error", None, f"not asked after others: {self._last_failure}")
             most = self._cost(_prompt_tokens(item), MAX_REPLY_TOKENS)
             if not self._budget.reserve(most):
                 return Judgement("error", None, "not asked: the cost limit is reached")
@@ -168,12 +174,17 @@ class OpenAIJudge:
                 reply, spent = self._ask(item)
             except openai.APIError as error:
                 return self._failed(error)
+            except CancelledError:
+                return Judgement("error", None, "not asked: judging has ended")
             finally:
                 self._budget.settle(most, spent)
-            self._failures = 0
+            if reply:
+                self._failures = 0
             if judgement := parse_reply(reply):
                 self._cache.add(key, judgement)
                 return judgement
+        if not reply:
+            return self._failure("invalid", "no text in what the server sent")
         return Judgement("invalid", None, f"not understood: {reply[:200]!r}")
 
     def _ask(self, item: JudgeItem) -> tuple[str, float]:
@@ -181,7 +192,8 @@ class OpenAIJudge:
         tokens = _prompt_tokens(item) + MAX_REPLY_TOKENS
         attempt = 0
         while True:
-            self._pace.wait(tokens)
+            if not self._pace.wait(tokens):
+                raise CancelledError
             try:
                 return self._send(item)
             except openai.APIError as error:
@@ -190,7 +202,7 @@ class OpenAIJudge:
                     raise
                 if isinstance(error, openai.RateLimitError):
                     self._pace.hold(seconds)
-                time.sleep(seconds)
+                self._pace.rest(seconds)
                 attempt += 1
 
     def _send(self, item: JudgeItem) -> tuple[str, float]:
@@ -207,24 +219,37 @@ class OpenAIJudge:
                 max_tokens=MAX_REPLY_TOKENS,
             )
             reply = completion.choices[0].message.content or ""
-            if completion.usage:
-                usage = completion.usage
-                cost = self._cost(usage.prompt_tokens, usage.completion_tokens)
-        except (ValueError, AttributeError, IndexError, TypeError):
+            if not isinstance(reply, str):
+                return "", cost
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             return "", cost  # not a chat completion; the client hands such things through
-        return self._without_key(reply), cost
+        return self._without_key(reply), self._spent(completion, cost)
+
+    def _spent(self, completion: Any, estimate: float) -> float:
+        """Return the dollars of a reply, as its server counts tokens, else the estimate."""
+        try:
+            usage = completion.usage
+            dollars = self._cost(usage.prompt_tokens, usage.completion_tokens)
+        except (AttributeError, TypeError):
+            return estimate
+        return dollars if dollars >= 0 else estimate
 
     def _failed(self, error: openai.APIError) -> Judgement:
-        message = self._without_key(str(error))[:300]
+        cause = f" ({error.__cause__})" if isinstance(error, openai.APIConnectionError) else ""
+        message = self._without_key(f"{error}{cause}")[:300]
         refused = openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
         if isinstance(error, refused) or error.code == "insufficient_quota":
-            self._failures = MAX_FAILURES_IN_A_ROW  # the other threads stop asking
+            self._pace.stop()
             raise InputError(
                 f"the server refuses the judge model {self.name!r} or the key in {KEY_VARIABLE}: "
                 f"{message}"
             ) from None
+        return self._failure("error", f"{type(error).__name__}: {message}")
+
+    def _failure(self, verdict: Literal["invalid", "error"], why: str) -> Judgement:
         self._failures += 1
-        return Judgement("error", None, f"{type(error).__name__}: {message}")
+        self._last_failure = why
+        return Judgement(verdict, None, why)
 
     def _without_key(self, text: str) -> str:
         """Remove the key from what a server sent, should it repeat it."""
@@ -280,11 +305,11 @@ class _VerdictCache:
             try:
                 entry = json.loads(line)
                 verdict = Judgement(entry["verdict"], entry["score"], entry["detail"])
-                key = entry["key"]
+                if verdict.verdict not in ("yes", "no"):
+                    raise ValueError
+                self._verdicts[entry["key"]] = verdict
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s holds an unreadable line; that answer is judged again", path)
-                continue
-            self._verdicts[key] = verdict
 
     def __contains__(self, key: str) -> bool:
         return key in self._verdicts

@@ -1,10 +1,12 @@
 """How fast a server is asked: rates per minute, and how long to wait before asking again."""
 
 import email.utils
+import math
 import random
 import threading
 import time
 from collections.abc import Mapping
+from datetime import UTC
 
 import openai
 
@@ -21,15 +23,29 @@ class Pace:
         self._seconds_per_token = 60 / tokens_per_minute if tokens_per_minute else 0.0
         self._free = 0.0
         self._lock = threading.Lock()
+        self._stopped = threading.Event()
 
-    def wait(self, tokens: int) -> None:
-        """Return when a request of so many tokens may be sent."""
+    def wait(self, tokens: int) -> bool:
+        """Return True when a request of so many tokens may be sent, False if none may any more."""
         with self._lock:
             start = max(time.monotonic(), self._free)
             spent = max(self._seconds_per_request, tokens * self._seconds_per_token)
             self._free = start + spent
-        while (left := start - time.monotonic()) > 0:
-            time.sleep(left)
+        while (left := start - time.monotonic()) > 0 and not self._stopped.wait(left):
+            pass
+        return not self._stopped.is_set()
+
+    def rest(self, seconds: float) -> None:
+        """Let this thread alone wait; `stop` ends it."""
+        self._stopped.wait(seconds)
+
+    def start(self) -> None:
+        """Let threads send again after `stop`."""
+        self._stopped.clear()
+
+    def stop(self) -> None:
+        """Let no thread send anything more, and those that wait return at once."""
+        self._stopped.set()
 
     def hold(self, seconds: float) -> None:
         """Let no thread send anything for some seconds; those that wait already are not stopped."""
@@ -63,10 +79,12 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds that a server asks to wait; it may say them, or name a date."""
     text = headers.get("retry-after", "")
     try:
-        return float(text)
+        seconds = float(text)
+        return None if math.isnan(seconds) else seconds
     except ValueError:
         pass
     try:
-        return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-    except (TypeError, ValueError):
+        date = email.utils.parsedate_to_datetime(text)
+        return date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time()
+    except (TypeError, ValueError, OverflowError):
         return None

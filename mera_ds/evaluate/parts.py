@@ -117,7 +117,7 @@ def _known(
             continue
         try:
             predictions = load_predictions(file)
-        except (DataError, UnicodeDecodeError):
+        except DataError:
             predictions = []
         if [replace(p, prediction="") for p in predictions] == [asked[n] for n in part.positions]:
             found[place] = predictions

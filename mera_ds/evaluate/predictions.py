@@ -39,15 +39,20 @@ def load_predictions(path: Path) -> list[Prediction]:
     """Read stored predictions.
 
     Raises:
-        DataError: naming the line that is not a prediction.
+        DataError: the file is gone, or naming the line that is not a prediction.
     """
     found = []
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    for number, line in enumerate(lines, start=1):  # splitlines() would cut at U+2028, too
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} does not exist; delete its evaluation's {SCORES} and run that again"
+        ) from None
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
         try:
             value = json.loads(line)
             found.append(Prediction(**{**value, "references": tuple(value["references"])}))
-        except (json.JSONDecodeError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):
             raise DataError(f"{path}:{number} is no prediction; delete the file") from None
     return found
 

@@ -27,8 +27,8 @@ _FINAL_ABBREVIATIONS = (
 _NUMBERED_ABBREVIATIONS = "art ca fig figs no nos op pp prop"
 _SENTENCE_STARTS = (
     "a about according additionally after an as at but earlier he her here however if in it last "
-    "many more now once one other our she since so some such that the their then there these they "
-    "this we what when while yet you"
+    "many more mr\\. ms\\. now once one other our she since so some such that the their then "
+    "there these they this we what when while yet you"
 )
 
 
@@ -64,6 +64,7 @@ _SUFFIX = rf"{_A}(?:[msdMSD]|[rR][eE]|[vV][eE]|[lL][lL])"
 _SLASH_PART = "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
 _NAME = "[A-Za-z][A-Za-z0-9_:.-]*"
 _ATTRIBUTE = rf"{_NAME}(?: *= *(?:'[^']*'|\"[^\"]*\"))?"
+_MARKUP = rf"<(?:[!?][A-Za-z-][^>]*|/?{_NAME}(?: +{_ATTRIBUTE})*[ /]*)>"
 _URL = r"[^\s\"<>|(){}]"
 _URL_END = r"[^\s\"<>|(){}.!?,-]"
 _HOST = r"[^\sA-Z0-9\"'`<>|(){}!?$,./:;=@\[\\\]^_-]+"
@@ -79,7 +80,7 @@ _PATTERNS = [
     re.compile(pattern)
     for pattern in (
         # Mark-up
-        rf"(<(?:[!?][A-Za-z-][^>]*|/?{_NAME}(?: +{_ATTRIBUTE})*[ /]*)>)",
+        rf"({_MARKUP})",
         # Words, and the two halves of contracted ones
         "('[tT])(?:[iI][sS]|[wW][aA][sS])",
         "(?i:(can)not)",
@@ -111,7 +112,7 @@ _PATTERNS = [
         rf"(?i:({_any_of(_ABBREVIATIONS)}\.))",
         rf"({_FINAL}|(?:{_ACRONYM}|[A-Za-z])\.)",
         rf"(?i:({_any_of(_NUMBERED_ABBREVIATIONS)}\.)) ?\d",
-        rf"([A-Za-z])\. (?=[A-Z])(?i:{_any_of(_SENTENCE_STARTS)})\s",
+        rf"([A-Za-z])\. (?:(?=[A-Z])(?i:{_any_of(_SENTENCE_STARTS)})|{_MARKUP})\s",
         rf"({_SLASH_PART}(?:\\?/{_SLASH_PART}){{1,2}})",
         # Numbers: plain, versions, powers, fractions, dates, telephone numbers
         rf"({_NUMBER})",
@@ -133,7 +134,7 @@ _PATTERNS = [
         r"([cC]\+\+|[cCfF]#|<<|>>|\\\*)",
         "(&#[0-9]+;|&(?i:amp|lt|gt);)",
         "(?P<dropped>&(?i:quot|nbsp|apos|mdash|ndash|md);)",
-        r"(\*+|#+|@+|_+|[!?]{2,}|-{5,}|-[LR][RSC]B-)",
+        r"(\*+|#+|@+|_+|[!?]{2,}|-{5,}|-(?i:[LR][RSC]B)-)",
         r"(?P<dropped>-{1,4}|\.{3,5}|\. \. \.|'')",
         r"(?P<quotes>[`‘’‚‛“”„‟‹›«»]{1,2})",
         rf"([{_SYMBOLS}])",

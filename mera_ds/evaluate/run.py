@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mera_ds.checkpoint import Manifest, read_manifest
-from mera_ds.config import RunConfig, resolve_path
+from mera_ds.config import EvaluateConfig, RunConfig, resolve_path
 from mera_ds.data.dataset import TEST
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World, main_rank_alone, main_rank_first, share
@@ -40,6 +40,8 @@ from mera_ds.shards.format import read_index
 
 _SPEED = ("judge_concurrency", "judge_requests_per_minute", "judge_tokens_per_minute")
 """Settings of the evaluation that change no score."""
+_MONEY = ("judge_max_dollars", "judge_prices")
+"""Settings that change no score either; in keys, their defaults stand for them."""
 SHOWN = 8
 """Predictions of a test that TensorBoard shows."""
 
@@ -55,6 +57,7 @@ def evaluation_key(run: Path, config: RunConfig, step: EvaluateStep) -> str:
     }
     settings = dump(config.evaluate)
     settings = {name: value for name, value in settings.items() if name not in _SPEED}
+    settings |= {name: dump(EvaluateConfig())[name] for name in _MONEY}
     return sha256_json([manifest.key, manifest.model_sha256, settings, dump(config.prompt), data])
 
 

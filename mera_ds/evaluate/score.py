@@ -1,5 +1,6 @@
 """From predictions to the figures of a results line: CIDEr for captions, accuracy for answers."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,11 @@ def score_questions(predictions: Sequence[Prediction], config: EvaluateConfig) -
     judgements = judge.judge(items)
     result = accuracy(judgements)
     if result.withheld or result.score is None:
+        reasons = Counter(j.detail for j in judgements if j.verdict not in ("yes", "no"))
         raise DataError(
             f"{result.missing} of {len(items)} judgements by {judge.name} are missing, so there is "
-            "no final score; run the same command again, it asks only for those"
+            f"no final score (most often: {reasons.most_common(1)[0][0]}); run the same command "
+            "again, it asks only for those"
         )
     figures = {
         "metric": "accuracy",

@@ -75,6 +75,9 @@ class Run:
     """By (stage, modality, task); stages count from 1."""
     without_media: Sequence[Mapping[str, Any]] = ()
     """What the bare backbone scores without media, if that was measured: a row per test."""
+    others: frozenset[tuple[str, str, str]] = frozenset()
+    """Tests beside those in `scores`, where a modality has several of a task: modality, task,
+    dataset. The last one in `results.jsonl` speaks."""
 
     @property
     def last_stage(self) -> int:
@@ -118,6 +121,7 @@ def _read_run(folder: Path) -> Run:
     config = load_config(folder)
     path = folder / "results.jsonl"
     scores: dict[tuple[int, str, str], Score] = {}
+    others = set()
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
     except UnicodeDecodeError as error:
@@ -133,10 +137,13 @@ def _read_run(folder: Path) -> Run:
                     f"{path}:{number}: {name} is {found!r}, but config.yaml says {expected!r}; "
                     "the results belong to another run"
                 )
-        scores[score.stage, score.modality, score.task] = score
+        key = (score.stage, score.modality, score.task)
+        if key in scores and scores[key].dataset != score.dataset:
+            others.add((score.modality, score.task, scores[key].dataset))
+        scores[key] = score
     floor = folder / WITHOUT_MEDIA
     rows = read_json(floor)["rows"] if floor.exists() else ()
-    return Run(folder, config, scores, rows)
+    return Run(folder, config, scores, rows, frozenset(others))
 
 
 def read_score(line: str, where: str) -> Score:

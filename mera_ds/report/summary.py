@@ -183,6 +183,12 @@ class Section:
                     f"{name}: {missing} prediction(s) or judgement(s) are missing, over all runs "
                     "and stages; those scores are not final."
                 )
+            others = {test[2] for run in self.runs for test in run.others if test[:2] == column}
+            if others:
+                found.append(
+                    f"{name} was also tested on {', '.join(sorted(others))}: those scores are in "
+                    "results.jsonl only, and in no table, gain or figure."
+                )
             yardsticks = [row.yardstick for row in self.rows(column)]
             differing = [key for key in yardsticks[0] if len({str(y[key]) for y in yardsticks}) > 1]
             if differing:

@@ -17,7 +17,7 @@ RESET: Reply = (0, {}, b"")
 """Not a reply: the connection is reset."""
 
 
-def completion(text: str | None, **message: Any) -> Reply:
+def completion(text: Any, **message: Any) -> Reply:
     body = {
         "id": "c",
         "object": "chat.completion",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mera_ds.cli import main
+from mera_ds.errors import DataError
 from mera_ds.evaluate.agreement import Agreement, compare_judges, in_total
 from mera_ds.evaluate.judge import Judgement
 from mera_ds.evaluate.predictions import Prediction, save_predictions
@@ -94,3 +95,11 @@ def test_what_can_not_be_compared_is_an_error(
 ) -> None:
     assert main(["judge-agreement", str(run), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_predictions_that_are_gone_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = run.rglob("image-qa.jsonl")
+    file.unlink()
+    words = ["judge-agreement", str(run), "--other", "offline-containment"]
+    assert main(words) == DataError.exit_code
+    assert f"error: {file} does not exist" in capsys.readouterr().err

@@ -6,10 +6,11 @@ import itertools
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,15 +210,40 @@ def test_retry_after_is_honoured(
     assert server.times[1] - server.times[0] >= 1.0
 
 
+@pytest.fixture
+def far_from_greenwich(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_from_greenwich")
+@pytest.mark.parametrize(
+    "written",
+    [lambda at: email.utils.formatdate(at, usegmt=True), lambda at: time.asctime(time.gmtime(at))],
+    ids=["usual", "old"],
+)
 def test_a_date_to_retry_after_is_honoured(
-    server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+    written: Callable[[float], str], server: ChatServer, make_judge: Callable[..., OpenAIJudge]
 ) -> None:
-    date = email.utils.formatdate(time.time() + 2, usegmt=True)
+    date = written(time.time() + 2)
     server.respond = lambda n, payload: (
         failure(503, Retry_After=date) if n == 0 else completion(YES)
     )
     assert make_judge().judge([item()])[0].verdict == "yes"
     assert server.times[1] - server.times[0] >= 0.9
+
+
+@pytest.mark.parametrize("when", ["nan", "soon", "-3", ""])
+def test_a_senseless_time_to_retry_after_is_passed_over(
+    when: str, server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+) -> None:
+    server.respond = lambda n, payload: (
+        failure(429, Retry_After=when) if n == 0 else completion(YES)
+    )
+    assert make_judge().judge([item()])[0].verdict == "yes"
 
 
 def test_a_busy_server_is_left_alone_by_all_threads(
@@ -270,6 +296,7 @@ def test_a_broken_connection_is_retried(
     server.respond = lambda n, payload: RESET
     (judgement,) = make_judge(max_retries=1).judge([item(1)])
     assert judgement.verdict == "error"
+    assert "reset by peer" in judgement.detail
     assert len(server.requests) == 4
 
 
@@ -308,8 +335,15 @@ def test_timeouts_end_as_missing(
         (200, {"Content-Type": "application/json"}, b"null"),
         (200, {"Content-Type": "text/html"}, b"<html>gateway</html>"),
         (200, {"Content-Type": "application/json"}, b""),
+        (200, {"Content-Type": "application/json"}, b'{"choices": {"first": {}}}'),
+        (200, {"Content-Type": "application/json"}, b"[" * 100_000),
+        completion([{"type": "text", "text": YES}]),
+        completion(5),
     ],
-    ids=["empty", "refusal", "truncated", "no-choice", "broken", "null", "html", "no-body"],
+    ids=[
+        *("empty", "refusal", "truncated", "no-choice", "broken", "null", "html", "no-body"),
+        *("choices-object", "deep", "content-list", "content-number"),
+    ],
 )
 def test_unusable_replies_are_asked_again_twice_then_invalid(
     reply: Reply, server: ChatServer, make_judge: Callable[..., OpenAIJudge], tmp_path: Path
@@ -340,13 +374,26 @@ def test_failed_judgements_are_missing_and_asked_again_later(
     assert len(server.requests) == asked + 1
 
 
-def test_a_dead_server_is_given_up(
-    server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+@pytest.mark.parametrize(
+    ("reply", "verdicts", "most"),
+    [
+        (failure(500), {"error"}, 22),
+        ((200, {"Content-Type": "text/html"}, b"<html>"), {"invalid", "error"}, 66),
+    ],
+    ids=["dead", "not-a-judge"],
+)
+def test_a_useless_server_is_given_up(
+    reply: Reply,
+    verdicts: set[str],
+    most: int,
+    server: ChatServer,
+    make_judge: Callable[..., OpenAIJudge],
 ) -> None:
-    server.respond = lambda n, payload: failure(500)
+    server.respond = lambda n, payload: reply
     judgements = make_judge(max_retries=0, concurrency=2).judge([item(n) for n in range(60)])
-    assert {j.verdict for j in judgements} == {"error"}
-    assert len(server.requests) <= 22
+    assert {j.verdict for j in judgements} == verdicts
+    assert len(server.requests) <= most
+    assert judgements[-1].detail.endswith(judgements[0].detail)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -358,6 +405,31 @@ def test_refused_key_or_model_ends_the_command(
         make_judge().judge([item(n) for n in range(50)])
     assert CANARY not in str(caught.value)
     assert len(server.requests) <= 20
+
+
+@pytest.mark.parametrize(("status", "error"), [(401, InputError), (400, KeyboardInterrupt)])
+def test_the_end_waits_for_no_retry(
+    status: int,
+    error: type[BaseException],
+    server: ChatServer,
+    make_judge: Callable[..., OpenAIJudge],
+) -> None:
+    def respond(number: int, payload: dict[str, Any]) -> Reply:
+        if "picture 0?" in payload["messages"][1]["content"]:
+            return failure(503, Retry_After="60")
+        time.sleep(0.1)
+        if error is KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+        return failure(status)
+
+    server.respond = respond
+    started = time.monotonic()
+    judge = make_judge(concurrency=2)
+    with pytest.raises(error):
+        judge.judge([item(n) for n in range(2)])
+    assert time.monotonic() - started < 20
+    server.respond = lambda n, payload: completion(YES)
+    assert judge.judge([item()])[0].verdict == "yes"
 
 
 # Cost
@@ -393,6 +465,26 @@ def test_limit_stops_repeated_questions(
     assert limit * 0.8 < spent <= limit
     assert {j.verdict for j in judgements} == {"invalid", "error"}
     assert "cost limit" in judgements[-1].detail
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        *(None, {}, "free", {"prompt_tokens": None, "completion_tokens": None}),
+        *({"prompt_tokens": -(10**9), "completion_tokens": 0}, {"prompt_tokens": "3"}),
+    ],
+)
+def test_a_reply_without_usable_token_counts_costs_its_estimate(
+    usage: Any, server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+) -> None:
+    status, headers, body = completion(YES)
+    reply = status, headers, json.dumps({**json.loads(body), "usage": usage}).encode()
+    server.respond = lambda n, payload: reply
+    limit = 1.5 * make_judge().estimate([item()]).dollars
+    judge = make_judge(max_dollars=limit)
+    assert judge.judge([item()])[0].verdict == "yes"
+    with pytest.raises(InputError, match="limit"):
+        judge.judge([item(1)])
 
 
 def test_unknown_model_needs_prices(
@@ -433,7 +525,9 @@ def test_damaged_cache_lines_are_judged_again(
     make_judge(concurrency=1).judge(items)
     path = tmp_path / "verdicts.jsonl"
     first, second, third = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first + b"\x00\xff{}\n" + second + third[:-20])
+    odd = b'\x00\xff{}\n{"key": [], "verdict": "yes", "score": 5, "detail": ""}\n[]\n'
+    missing = third.replace(b'"yes"', b'"error"')
+    path.write_bytes(first + odd + second + missing + third[:-20])
     make_judge().judge(items)
     assert len(server.requests) == 4
     make_judge().judge(items)
@@ -463,10 +557,16 @@ def test_killed_judging_asks_only_for_the_rest(server: ChatServer, tmp_path: Pat
 # Key
 
 
-def test_key_is_needed_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", [None, " ", "sk-half\nand-half", "sk-ключ"])
+def test_key_is_needed_and_named(
+    key: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(InputError, match="OPENAI_API_KEY"):
+    if key is not None:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="OPENAI_API_KEY") as caught:
         OpenAIJudge(tmp_path / "verdicts.jsonl")
+    assert "half" not in str(caught.value)
 
 
 def test_key_is_in_no_file_log_or_message(

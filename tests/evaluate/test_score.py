@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mera_ds.config import EvaluateConfig, load_config
 from mera_ds.distributed import World
-from mera_ds.errors import InputError
+from mera_ds.errors import DataError, InputError
 from mera_ds.evaluate.judge import OfflineJudge
 from mera_ds.evaluate.predictions import Prediction, load_predictions, save_predictions
 from mera_ds.evaluate.run import evaluation_is_finished, run_evaluate_step
@@ -23,6 +23,7 @@ from mera_ds.evaluate.score import make_judge, score_captions, score_questions
 from mera_ds.report import write_report
 from mera_ds.report.results import Score, read_runs
 
+from .chat_server import CANARY, ChatServer, failure
 from .models import make_model, steps
 
 RAW = EvaluateConfig(tokenizer="raw")
@@ -109,6 +110,17 @@ class TestQuestions:
         said = answers("it is a cat", "no", "no", "no")
         assert score_questions(said, config).figures["score"] == 0.25
         assert score_questions(said, RAW).figures["score"] == 0.0
+
+    def test_missing_judgements_are_no_score_but_a_reason(
+        self, server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+        monkeypatch.setenv("MERA_CACHE", str(tmp_path))
+        server.respond = lambda n, payload: failure(400, f"too long for {CANARY}")
+        config = EvaluateConfig(judge="openai", judge_base_url=server.url)
+        with pytest.raises(DataError, match=r"4 of 4 .* too long for \[key\]") as caught:
+            score_questions(answers("cat", "dog", "2", "there"), config)
+        assert CANARY not in str(caught.value)
 
     def test_prices_are_a_pair(self, tmp_path: Path) -> None:
         config = EvaluateConfig(judge="openai", judge_prices=(1.0,))
@@ -233,6 +245,11 @@ class TestRun:
         executed = dataclasses.replace(config.execution, features="online")
         again = dataclasses.replace(config, execution=executed)
         assert evaluation_is_finished(evaluated, again, step)
+        dearer = dataclasses.replace(
+            config.evaluate, judge_max_dollars=50.0, judge_prices=(1.0, 2.0), judge_concurrency=2
+        )
+        paid = dataclasses.replace(config, evaluate=dearer)
+        assert evaluation_is_finished(evaluated, paid, step)
 
     def test_a_killed_one_goes_on_with_the_stored_predictions(self, evaluated: Path) -> None:
         config, step = load_config(evaluated), steps(evaluated)[1]

@@ -10,6 +10,7 @@ import yaml
 
 from mera_ds.errors import DataError, InputError
 from mera_ds.report.results import read_runs, read_score
+from mera_ds.report.summary import summarise
 
 
 def test_a_valid_line_is_read(row: dict[str, Any]) -> None:
@@ -74,6 +75,21 @@ def test_a_later_line_replaces_an_earlier_one(make_run: Callable[..., Path]) -> 
     (run,) = read_runs([folder])
     assert run.scores[1, "image", "caption"].score == 12.5
     assert len(run.scores) == 20
+
+
+def test_several_datasets_of_a_task_do_not_pass_unnoticed(make_run: Callable[..., Path]) -> None:
+    folder = make_run("mera", "mera")
+    path = folder / "results.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    earlier = [{**line, "dataset": "coco", "score": 1.0} for line in lines if line["stage"] == 1]
+    text = "".join(json.dumps(line) + "\n" for line in [*earlier, *lines])
+    path.write_text(text, encoding="utf-8")
+    (run,) = read_runs([folder])
+    assert run.scores[1, "image", "caption"].dataset == "image"
+    assert run.others == {("image", "caption", "coco"), ("image", "qa", "coco")}
+    (section,) = summarise([run])
+    (warning,) = [text for text in section.warnings() if text.startswith("image/qa was also")]
+    assert "tested on coco" in warning
 
 
 def test_results_of_another_run_are_refused(make_run: Callable[..., Path]) -> None:
