@@ -101,7 +101,8 @@ def _cost(run: Run, own: _Log, logs: Sequence[_Log]) -> Cost:
         if isinstance(step, FisherStep):
             seconds += [rows[-1]["seconds"] * process.get("ranks", 1)] if rows else []
         else:
-            seconds.append(_seconds(rows, log) * process.get("ranks", 1) if len(rows) > 1 else None)
+            timed = _seconds(rows, log) if log and len(rows) > 1 else None
+            seconds.append(None if timed is None else timed * process.get("ranks", 1))
         memory += [row["memory_gb"] for row in rows]
         if process:
             machines.append(process["hardware"])
