@@ -7,6 +7,7 @@ is in every larger one. It is stored as unit ids.
 import hashlib
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -22,13 +23,14 @@ def replay_sample(ids: Sequence[str], tasks: Sequence[str], percent: float, seed
         percent: r, in (0, 100].
         seed: seed of the run.
     """
+    share = Fraction(str(percent)) / 100  # 1.1 % of 3000 is 33, and a little more in floats
     draws = np.fromiter((_draw(name, seed) for name in ids), dtype="S32", count=len(ids))
     names = np.asarray(tasks)
     chosen: list[int] = []
     for task in sorted(set(tasks)):
         positions = np.flatnonzero(names == task)
         order = positions[np.argsort(draws[positions], kind="stable")]
-        chosen += order[: math.ceil(len(order) * percent / 100)].tolist()
+        chosen += order[: math.ceil(len(order) * share)].tolist()
     return sorted(chosen)
 
 

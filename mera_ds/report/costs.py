@@ -101,7 +101,7 @@ def _cost(run: Run, own: _Log, logs: Sequence[_Log]) -> Cost:
         if isinstance(step, FisherStep):
             seconds += [rows[-1]["seconds"] * process.get("ranks", 1)] if rows else []
         else:
-            seconds.append(_seconds(rows) * process.get("ranks", 1) if len(rows) > 1 else None)
+            seconds.append(_seconds(rows, log) if log and len(rows) > 1 else None)
         memory += [row["memory_gb"] for row in rows]
         if process:
             machines.append(process["hardware"])
@@ -140,12 +140,18 @@ def _where(step: TrainStep | FisherStep, own: _Log, logs: Sequence[_Log]) -> _Lo
     return others[0] if key is not None and others else None
 
 
-def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return the time of all steps; one whose start is not known counts as the median of them."""
+def _seconds(rows: Sequence[Mapping[str, Any]], log: _Log) -> float:
+    """Return the time of all steps, each times its ranks.
+
+    One whose start is not known counts as the median of them. That is the first of a process:
+    between it and the step before, nothing may have run.
+    """
     found: dict[int, float | None] = {rows[0]["step"]: None}
     for before, row in pairwise(rows):
-        follows = row["step"] == before["step"] + 1
-        found[row["step"]] = row["time"] - before["time"] if follows else None
+        process = log.process(row)
+        follows = row["step"] == before["step"] + 1 and process == log.process(before)
+        spent = (row["time"] - before["time"]) * process.get("ranks", 1)
+        found[row["step"]] = spent if follows else None
     known = [value for value in found.values() if value is not None]
     usual = statistics.median(known) if known else 0.0
     return sum(usual if value is None else value for value in found.values())

@@ -12,7 +12,10 @@ from mera_ds.report.results import Run
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts of parameters; None: no product of that kind is there."""
+    """Counts of parameters; None: no product of that kind is there.
+
+    A connector counts as its file does: with the fixed statistics of `norm: data`.
+    """
 
     trained: int | None
     """Most that one training step of the run trains."""

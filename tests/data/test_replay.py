@@ -25,6 +25,11 @@ def test_each_task_gives_its_share_rounded_up(percent: float) -> None:
         assert found == math.ceil(count * percent / 100)
 
 
+def test_a_whole_share_is_not_rounded_up() -> None:
+    ids = [str(number) for number in range(3000)]
+    assert len(replay_sample(ids, ["qa"] * 3000, 1.1, seed=0)) == 33
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_smaller_lists_are_part_of_larger_ones(seed: int) -> None:
     lists = [names(percent, seed) for percent in (1, 5, 10, 50, 100)]

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mera_ds.config import LoraConfig
+from mera_ds.config import LoraConfig, Recomputation
 from mera_ds.deltas import WeightedDelta
 from mera_ds.errors import DataError
 from mera_ds.model.lora import linear_layers
+from mera_ds.model.recompute import set_recomputation
 from mera_ds.model.weave import (
     TRAINED,
     StackedLinear,
@@ -239,6 +240,30 @@ def test_in_adapters_go_on_where_the_stage_before_ended() -> None:
         if name.endswith(".gate"):
             assert parameter.shape[1] == 3
             assert not parameter.any()
+
+
+def gradients(setting: Recomputation) -> dict[str, Tensor]:
+    llm = llama()
+    llm.config.use_cache = False
+    set_recomputation(llm, setting)
+    weave(llm, deltas(2), LoraConfig(rank=RANK, alpha=3.0, dropout=0.25), "random", {})
+    trained = woven_parameters(llm)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn_like(parameter) / 8)
+    tokens = torch.arange(20)[None]
+    loss = llm.train()(input_ids=tokens, labels=tokens).loss
+    found = torch.autograd.grad(loss, list(trained.values()))
+    return dict(zip(trained, found, strict=True))
+
+
+@pytest.mark.parametrize("setting", ["all", 1, "selective"])
+def test_a_layer_that_is_computed_again_draws_the_same_noise(setting: Recomputation) -> None:
+    expected = gradients("none")
+    assert all(bool(gradient.any()) for gradient in expected.values())
+    for name, found in gradients(setting).items():
+        torch.testing.assert_close(found, expected[name])
 
 
 def without(tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:

@@ -81,6 +81,14 @@ def test_a_step_done_again_after_a_kill_counts_once(runs: list[Path]) -> None:
     assert costs(runs)[0].train_hours == pytest.approx(2 * (30 + 40) / 3600)
 
 
+def test_the_time_between_two_processes_is_not_counted(runs: list[Path]) -> None:
+    """Stopped behind its fourth step, resumed an hour later on one rank, in 20 s per step."""
+    log(runs[0], "processes.jsonl", [{"time": 3800.0, "commit": "c", "hardware": "h", "ranks": 1}])
+    rows = steps("01-image/tune", [0, 0, 0, 0, 3830, 3850], 3.0)[4:]
+    log(runs[0], "metrics.jsonl", rows)
+    assert costs(runs)[0].train_hours == pytest.approx((2 * 30 + 6 * 20) / 3600)
+
+
 def test_what_is_not_recorded_is_not_guessed(runs: list[Path]) -> None:
     (runs[0] / "metrics.jsonl").unlink()
     assert costs(runs)[0] == Cost(None, None, None, None, (), None, (), {})
