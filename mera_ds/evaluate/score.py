@@ -62,8 +62,8 @@ def score_questions(predictions: Sequence[Prediction], config: EvaluateConfig) -
         reasons = Counter(j.detail for j in judgements if j.verdict not in ("yes", "no"))
         raise DataError(
             f"{result.missing} of {len(items)} judgements by {judge.name} are missing, so there is "
-            f"no final score (most often: {reasons.most_common(1)[0][0]}); run the same command "
-            "again, it asks only for those"
+            "no final score; run the same command again, it asks only for those (most often: "
+            f"{reasons.most_common(1)[0][0]})"
         )
     figures = {
         "metric": "accuracy",
