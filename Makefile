@@ -9,7 +9,7 @@ VENV ?= .venv
 RUNS ?= runs/demo
 BIN = $(VENV)/bin
 MERA = $(BIN)/mera-ds
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: demo test check install clean
 

@@ -27,9 +27,9 @@ OVERRIDE = re.compile(r"[a-z_]+(\.[\w-]+)*=")
 
 def guarded(command: Callable[[], None]) -> int:
     """Run a command; print a `MeraError` as one message and return its exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        command()
+        with _sigterm_as_interrupt():
+            command()
     except MeraError as error:
         # All ranks meet bad input and a request to stop; once is enough.
         common = isinstance(error, InputError | Interrupted)
@@ -41,6 +41,20 @@ def guarded(command: Callable[[], None]) -> int:
             print("error: stopped; run the same command to continue", file=sys.stderr)
         return Interrupted.exit_code
     return 0
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, and do again afterwards what it did before.
+
+    A handler left behind would be inherited by every process that the caller forks later. Python
+    forgets a signal that such a process gets before its first instruction, and so it would live on.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def leave(status: int) -> NoReturn:

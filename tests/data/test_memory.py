@@ -94,6 +94,7 @@ def test_two_million_texts(tmp_path: Path) -> None:
         target=measure, args=(tmp_path, texts, child)
     )
     process.start()
+    child.close()  # or nobody would hear of the end of a process that fails
     complete, per_text, seconds = parent.recv()
     process.join()
     assert complete
