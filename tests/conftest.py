@@ -18,6 +18,7 @@ from mera_ds.plan import save_plan
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MakeRun = Callable[..., Path]
+SIGTERM_HANDLER = signal.getsignal(signal.SIGTERM)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,9 +51,8 @@ def not_launched() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def signals_as_before() -> Iterator[None]:
     """Fail a test that leaves another handler of SIGTERM: processes forked later inherit it."""
-    before = signal.getsignal(signal.SIGTERM)
     yield
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == SIGTERM_HANDLER
 
 
 @pytest.fixture(scope="session")
