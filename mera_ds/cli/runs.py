@@ -154,6 +154,7 @@ def _describe_training(run: "Run", step: TrainStep) -> str:
 
 def _texts(run: "Run", part: DataPart, tasks: Sequence[str]) -> int:
     """Return how many texts a share of a modality's training data has."""
+    from mera_ds.data.replay import replay_count
     from mera_ds.identity import data_folders
     from mera_ds.shards.format import read_index
 
@@ -162,7 +163,7 @@ def _texts(run: "Run", part: DataPart, tasks: Sequence[str]) -> int:
         for folder in data_folders(run.config, run.folder, part.modality)
     ]
     found = [sum(count[task] for count in counts) for task in tasks]
-    return sum(math.ceil(number * part.percent / 100) for number in found)
+    return sum(replay_count(number, part.percent) for number in found)
 
 
 def run(arguments: argparse.Namespace) -> None:

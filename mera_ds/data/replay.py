@@ -23,15 +23,20 @@ def replay_sample(ids: Sequence[str], tasks: Sequence[str], percent: float, seed
         percent: r, in (0, 100].
         seed: seed of the run.
     """
-    share = Fraction(str(percent)) / 100  # 1.1 % of 3000 is 33, and a little more in floats
     draws = np.fromiter((_draw(name, seed) for name in ids), dtype="S32", count=len(ids))
     names = np.asarray(tasks)
     chosen: list[int] = []
     for task in sorted(set(tasks)):
         positions = np.flatnonzero(names == task)
         order = positions[np.argsort(draws[positions], kind="stable")]
-        chosen += order[: math.ceil(len(order) * share)].tolist()
+        chosen += order[: replay_count(len(order), percent)].tolist()
     return sorted(chosen)
+
+
+def replay_count(units: int, percent: float) -> int:
+    """Return how many of a task's units a replay list of r % keeps: the share, rounded up."""
+    # In floats, 1.1 % of 3000 is a little more than 33.
+    return math.ceil(units * Fraction(str(percent)) / 100)
 
 
 def _draw(unit_id: str, seed: int) -> bytes:

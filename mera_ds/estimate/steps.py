@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from mera_ds.config import ExecutionConfig, RunConfig, resolve_path
+from mera_ds.data.replay import replay_count
 from mera_ds.errors import MeraError
 from mera_ds.estimate.device import UTILISATION, Speed
 from mera_ds.estimate.memory import SIZE, Training, inference_memory, total, training_memory
@@ -158,7 +159,7 @@ class Estimator:
         for part in data:
             encoder = self._encoder(part.modality)
             for texts in self._texts(part, settings.tasks):
-                count = math.ceil(texts.count * part.percent / 100)
+                count = replay_count(texts.count, part.percent)
                 mean, most = self._row(part.modality, texts)
                 labels = mean - self._connector(part.modality)[1]
                 flops += count * training_flops(self._shape, mean, labels, rank, recompute, full)

@@ -67,7 +67,10 @@ class ScoredTest:
 
 
 def predictions_name(key: str) -> str:
-    """Return the folder's name in an evaluation's `predictions`; `key`: the evaluation's."""
+    """Return the folder's name in an evaluation's `predictions`; `key`: the evaluation's.
+
+    Evaluations that only score otherwise have the same one.
+    """
     return key[:16]
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mera_ds.checkpoint import Manifest, read_manifest
-from mera_ds.config import EvaluateConfig, RunConfig, resolve_path
+from mera_ds.config import RunConfig, resolve_path
 from mera_ds.data.dataset import TEST
 from mera_ds.data.prompts import PromptBuilder
 from mera_ds.distributed import World, main_rank_alone, main_rank_first, share
-from mera_ds.evaluate.generate import predict_test
+from mera_ds.evaluate.generate import predict_test, prediction_settings
 from mera_ds.evaluate.items import test_tasks
 from mera_ds.evaluate.parts import Generated
 from mera_ds.evaluate.predictions import (
@@ -38,16 +38,20 @@ from mera_ds.plan import EvaluateStep
 from mera_ds.settings import dump
 from mera_ds.shards.format import read_index
 
-_SPEED = ("judge_concurrency", "judge_requests_per_minute", "judge_tokens_per_minute")
+_SPEED_AND_MONEY = (
+    *("judge_concurrency", "judge_requests_per_minute", "judge_tokens_per_minute"),
+    *("judge_max_dollars", "judge_prices"),
+)
 """Settings of the evaluation that change no score."""
-_MONEY = ("judge_max_dollars", "judge_prices")
-"""Settings that change no score either; in keys, their defaults stand for them."""
 SHOWN = 8
 """Predictions of a test that TensorBoard shows."""
 
 
 def evaluation_key(run: Path, config: RunConfig, step: EvaluateStep) -> str:
-    """Return the hash of everything that determines an evaluation's scores."""
+    """Return the hash of everything that determines an evaluation's scores.
+
+    Its beginning, `predictions_name`, depends only on what determines the predictions.
+    """
     manifest = read_manifest(run / step.start)
     data = {
         modality: [
@@ -55,10 +59,12 @@ def evaluation_key(run: Path, config: RunConfig, step: EvaluateStep) -> str:
         ]
         for modality in step.modalities
     }
+    model = [manifest.key, manifest.model_sha256]
+    said = sha256_json([model, prediction_settings(config.evaluate), dump(config.prompt), data])
     settings = dump(config.evaluate)
-    settings = {name: value for name, value in settings.items() if name not in _SPEED}
-    settings |= {name: dump(EvaluateConfig())[name] for name in _MONEY}
-    return sha256_json([manifest.key, manifest.model_sha256, settings, dump(config.prompt), data])
+    scoring = {name: value for name, value in settings.items() if name not in _SPEED_AND_MONEY}
+    name = predictions_name(said)
+    return name + sha256_json([said, scoring])[len(name) :]
 
 
 def evaluation_is_finished(run: Path, config: RunConfig, step: EvaluateStep) -> bool:

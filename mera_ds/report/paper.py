@@ -28,12 +28,13 @@ def paper_tables(section: Section, costs: Mapping[Path, Cost]) -> list[Table]:
     """
     tables = []
     if section.groups and section.experts:
-        tables.append(_gains(section, section.groups, "Table 2: Backward Relative Gain"))
+        tables.append(_gains(section, section.groups, "Table 2", "Backward Relative Gain"))
     tables.append(_overheads(section, costs))
     if section.groups and section.experts:
         ablation = [group for name in ABLATION for group in section.groups if group.method == name]
         if len({group.method for group in ablation}) > 1:
-            tables.append(_gains(section, ablation, "Table 4: what merging and realigning add"))
+            title = "what merging and realigning add"
+            tables.append(_gains(section, ablation, "Table 4", title))
         if pairs := _realigned(section.groups):
             tables.append(_improvements(section, pairs))
     return tables
@@ -59,7 +60,7 @@ def _progress(groups: Sequence[Group]) -> dict[str, dict[tuple[str, ...], Progre
     return found
 
 
-def _gains(section: Section, groups: Sequence[Group], title: str) -> Table:
+def _gains(section: Section, groups: Sequence[Group], paper: str, title: str) -> Table:
     found = _progress(groups)
     orders = [order for order in section.orders if any(order in row for row in found.values())]
     rows = [
@@ -84,6 +85,7 @@ def _gains(section: Section, groups: Sequence[Group], title: str) -> Table:
         frozenset(best),
         frozenset(second),
         _RANKS,
+        paper,
     )
 
 
@@ -183,8 +185,8 @@ def _overheads(section: Section, costs: Mapping[Path, Cost]) -> Table:
         f"Hardware: {'; '.join(machines) or 'not recorded'}.",
         limits_note(section),
     )
-    title = f"Table 3: training and inference overheads, profile {section.profile}"
-    return Table(title, header, tuple(rows), notes, 1)
+    title = f"training and inference overheads, profile {section.profile}"
+    return Table(title, header, tuple(rows), notes, 1, paper="Table 3")
 
 
 def _largest(values: Sequence[float | None]) -> float | None:
@@ -240,9 +242,11 @@ def _improvements(section: Section, pairs: Sequence[tuple[Group, Group]]) -> Tab
     seeds = [_SEEDS] if any(plain.seeds != realigned.seeds for plain, realigned in pairs) else []
     unequal = [_UNEQUAL] if any("n/a" in cell for row in rows for cell in row) else []
     notes = (_BACKWARD, *seeds, *unequal, *_order_notes(section, orders), *_origin(section))
-    title = f"Table 5: realigning after any method (%), profile {section.profile}"
+    title = f"realigning after any method (%), profile {section.profile}"
     header = ("Method", *_headers(section, orders))
-    return Table(title, header, tuple(rows), notes, 1, frozenset(best), marks=_BETTER)
+    return Table(
+        title, header, tuple(rows), notes, 1, frozenset(best), marks=_BETTER, paper="Table 5"
+    )
 
 
 def _changes(pair: tuple[Group, Group] | None) -> tuple[str, str]:

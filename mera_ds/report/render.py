@@ -26,6 +26,19 @@ class Table:
     """Of cells to underline."""
     marks: str = ""
     """What bold and underlined say: a note wherever they are seen, which is not in plain text."""
+    paper: str = ""
+    """Which of the paper's tables it is, such as `Table 2`."""
+
+    @property
+    def heading(self) -> str:
+        """Return the title behind the paper's number."""
+        return f"{self.paper}: {self.title}" if self.paper else self.title
+
+    @property
+    def caption(self) -> str:
+        """Return the title for a text that numbers its own tables."""
+        title = self.title[:1].upper() + self.title[1:]
+        return f"{title} (the paper's {self.paper})" if self.paper else title
 
     @property
     def all_notes(self) -> tuple[str, ...]:
@@ -51,7 +64,7 @@ def to_text(table: Table, width: int = WIDTH) -> str:
         if sum(widths[i] + 2 for i in [*blocks[-1], column]) - 2 > width and blocks[-1] != labels:
             blocks.append(list(labels))
         blocks[-1].append(column)
-    text = [table.title]
+    text = [table.heading]
     for block in blocks:
         for number, row in enumerate(grid):
             cells = [
@@ -85,7 +98,7 @@ def to_markdown(table: Table) -> str:
     ]
     lines = [f"| {' | '.join(row)} |" for row in [header, rule, *rows]]
     return "\n".join(
-        [f"### {table.title}", "", *lines, "", *(f"- {note}" for note in table.all_notes)]
+        [f"### {table.heading}", "", *lines, "", *(f"- {note}" for note in table.all_notes)]
     )
 
 
@@ -110,7 +123,7 @@ def to_latex(table: Table) -> str:
             *lines,
             r"\bottomrule",
             r"\end{tabular}}",
-            rf"\caption{{{_latex(' '.join(map(_sentence, (table.title, *table.all_notes))))}}}",
+            rf"\caption{{{_latex(' '.join(map(_sentence, (table.caption, *table.all_notes))))}}}",
             r"\end{table}",
         ]
     )
@@ -136,7 +149,7 @@ def to_html(table: Table) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.all_notes)
     return (
-        f'<figure class="table"><figcaption>{html.escape(table.title)}</figcaption>'
+        f'<figure class="table"><figcaption>{html.escape(table.heading)}</figcaption>'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div><ul class=notes>{notes}</ul></figure>"
     )

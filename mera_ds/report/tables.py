@@ -112,12 +112,13 @@ def _scores_table(section: Section, order: tuple[str, ...]) -> Table:
         *([_MARKS] if groups else []),
         *measurement_notes(section, columns),
     ]
-    title = f"Tables 9 and 10: scores after every stage, profile {section.profile}"
+    title = f"scores after every stage, profile {section.profile}"
     if groups:
         title += f", order {_order_number(section, order)}: {', '.join(order)}"
     partial = any("(" in cell for row in rows for cell in row[3:])
     notes += [PARTIAL] if partial else []
-    return Table(title, tuple(header), tuple(rows), (*notes, limits_note(section)), 3)
+    notes.append(limits_note(section))
+    return Table(title, tuple(header), tuple(rows), tuple(notes), 3, paper="Tables 9 and 10")
 
 
 def _last_table(section: Section, intervals: Intervals, order: tuple[str, ...]) -> Table:

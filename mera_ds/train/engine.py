@@ -143,9 +143,11 @@ class Engine:
         on_disk = self._zero == 3 and optimizer._swappable_optimizer_subgroup(number)
         if on_disk:
             optimizer._optimizer_states_and_gradient_swap_in(number)
-        yield
-        if on_disk:
-            optimizer._optimizer_states_and_gradient_swap_out(number)
+        try:
+            yield
+        finally:
+            if on_disk:
+                optimizer._optimizer_states_and_gradient_swap_out(number)
 
     def _link_moments(self) -> None:
         if self._zero in (1, 2):

@@ -251,6 +251,20 @@ class TestRun:
         paid = dataclasses.replace(config, evaluate=dearer)
         assert evaluation_is_finished(evaluated, paid, step)
 
+    def test_another_judge_scores_what_was_said(self, evaluated: Path, tmp_path: Path) -> None:
+        run = shutil.copytree(evaluated, tmp_path / "run")
+        config, step = load_config(run), steps(run)[0]
+        judged = dataclasses.replace(config.evaluate, judge="offline-containment")
+        changed = dataclasses.replace(config, evaluate=judged)
+        assert not evaluation_is_finished(run, changed, step)
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("predictions/**/*")}
+        run_evaluate_step(run, changed, step, ALONE)
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("predictions/**/*")} == before
+        assert evaluation_is_finished(run, changed, step)
+        rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+        judges = {row["judge"] for row in rows if (row["stage"], row["task"]) == (1, "qa")}
+        assert judges == {"offline-containment"}
+
     def test_a_killed_one_goes_on_with_the_stored_predictions(self, evaluated: Path) -> None:
         config, step = load_config(evaluated), steps(evaluated)[1]
         results = (evaluated / "results.jsonl").read_bytes()

@@ -40,7 +40,7 @@ def tables(make_run: MakeRun) -> dict[str, Table]:
         folders.append(make_run(f"realign-{order}", "realign", "pathweave", order))
     runs = read_runs(folders)
     (section,) = summarise(runs)
-    return {table.title[:7]: table for table in paper_tables(section, run_costs(runs))}
+    return {table.paper: table for table in paper_tables(section, run_costs(runs))}
 
 
 def row(table: Table, label: str) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ def test_tables_2_and_5_say_what_is_not_measured_yet(make_run: MakeRun) -> None:
     folders.append(make_run("realign", "realign", "pathweave", stages=3))
     runs = read_runs(folders)
     (section,) = summarise(runs)
-    tables = {table.title[:7]: table for table in paper_tables(section, run_costs(runs))}
+    tables = {table.paper: table for table in paper_tables(section, run_costs(runs))}
     assert row(tables["Table 2"], "Fine-Tuning")[0] == "59.76 (1/2)"
     assert row(tables["Table 2"], "Fine-Tuning + Realign")[0].endswith(" (3 of 4 stages)")
     assert any(note.startswith("(1/2): ") for note in tables["Table 2"].notes)
@@ -100,7 +100,7 @@ def test_table_5_compares_equal_seeds(make_run: MakeRun) -> None:
     folders.append(make_run("realign", "realign", "pathweave"))
     runs = read_runs(folders)
     (section,) = summarise(runs)
-    tables = {table.title[:7]: table for table in paper_tables(section, run_costs(runs))}
+    tables = {table.paper: table for table in paper_tables(section, run_costs(runs))}
     change = row(tables["Table 5"], "+ Realigning: Fine-Tuning + Realign")
     assert float(change[0]) == pytest.approx(86.85 - 59.76, abs=0.011)
     assert any("over the seeds that" in note for note in tables["Table 5"].notes)
@@ -113,7 +113,7 @@ def test_table_5_takes_the_likest_of_a_methods_variants(make_run: MakeRun) -> No
     folders.append(make_run("identity", "pathweave", "pathweave", pathweave=identity))
     folders.append(make_run("realign", "pathweave+realign", "mera-10", percent=1.0))
     (section,) = summarise(runs := read_runs(folders))
-    tables = {table.title[:7]: table for table in paper_tables(section, run_costs(runs))}
+    tables = {table.paper: table for table in paper_tables(section, run_costs(runs))}
     before, change = tables["Table 5"].rows
     assert before[0] == "PathWeave [inner=random]"
     assert change[0] == "+ Realigning: PathWeave + Realign"
@@ -141,7 +141,10 @@ def test_latex_and_html_show_every_sign_as_it_is() -> None:
 
 
 def test_the_best_is_bold_in_latex_and_html(tables: dict[str, Table]) -> None:
-    assert r"\textbf{101.00}" in to_latex(tables["Table 2"])
+    latex = to_latex(tables["Table 2"])
+    assert r"\textbf{101.00}" in latex
+    assert "(the paper's Table 2)." in latex
+    assert "Table 2:" not in latex, "LaTeX puts its own number there"
     assert "<td class=best>101.00</td>" in to_html(tables["Table 2"])
     assert r"\underline{97.90}" in to_latex(tables["Table 2"])
     assert "<td class=second>97.90</td>" in to_html(tables["Table 2"])
