@@ -280,7 +280,7 @@ class TestLock:
             pytest.fail("two processes hold the lock")
         with pytest.raises(LockedError, match=f"in use by process {holder.pid}"):
             require_unlocked(tmp_path)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 10
         assert contents(tmp_path) == before
 
     def test_kill_9_releases_it(self, tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
