@@ -43,6 +43,7 @@ _SPEED_AND_MONEY = (
     *("judge_max_dollars", "judge_prices"),
 )
 """Settings of the evaluation that change no score."""
+RESULTS = "results.jsonl"
 SHOWN = 8
 """Predictions of a test that TensorBoard shows."""
 
@@ -73,6 +74,8 @@ def evaluation_is_finished(run: Path, config: RunConfig, step: EvaluateStep) -> 
     there = path.exists() and (run / step.output / PER_ITEM).exists()
     if not there or not (run / step.start / "manifest.json").exists():
         return False
+    if path in _collected(run) and not _has_results(run, _lines([path])):
+        return False  # a process was killed before it put them together
     return bool(read_json(path)["key"] == evaluation_key(run, config, step))
 
 
@@ -223,14 +226,26 @@ def _majority(predictions: Sequence[Prediction]) -> float:
     return counts.most_common(1)[0][1] / len(predictions)
 
 
+def _collected(run: Path) -> list[Path]:
+    """Return the files of scores that the run's results are put together from."""
+    return sorted(run.glob(f"stages/*/evaluation/{SCORES}"))
+
+
 def _collect_results(run: Path) -> None:
-    rows = [
-        row
-        for path in sorted(run.glob(f"stages/*/evaluation/{SCORES}"))
-        for row in read_json(path)["rows"]
+    content = "\n".join(_lines(_collected(run))) + "\n"
+    write_bytes(run / RESULTS, content.encode())
+
+
+def _lines(files: Sequence[Path]) -> list[str]:
+    return [
+        json.dumps(row, ensure_ascii=False) for path in files for row in read_json(path)["rows"]
     ]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    write_bytes(run / "results.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def _has_results(run: Path, lines: Sequence[str]) -> bool:
+    path = run / RESULTS
+    there = path.read_bytes().split(b"\n") if path.exists() else []
+    return {line.encode() for line in lines} <= set(there)
 
 
 def _log(

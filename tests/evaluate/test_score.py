@@ -265,6 +265,21 @@ class TestRun:
         judges = {row["judge"] for row in rows if (row["stage"], row["task"]) == (1, "qa")}
         assert judges == {"offline-containment"}
 
+    def test_a_line_that_is_not_among_the_results_is_put_there_again(
+        self, evaluated: Path, tmp_path: Path
+    ) -> None:
+        run = shutil.copytree(evaluated, tmp_path / "run")
+        config, step = load_config(run), steps(run)[1]
+        path = run / "results.jsonl"
+        results = path.read_bytes()
+        path.write_bytes(b"".join(results.splitlines(keepends=True)[:-1]))
+        assert not evaluation_is_finished(run, config, step)
+        run_evaluate_step(run, config, step, ALONE)
+        assert [json.loads(line)["stage"] for line in path.open()] == [
+            json.loads(line)["stage"] for line in results.splitlines()
+        ]
+        assert evaluation_is_finished(run, config, step)
+
     def test_a_killed_one_goes_on_with_the_stored_predictions(self, evaluated: Path) -> None:
         config, step = load_config(evaluated), steps(evaluated)[1]
         results = (evaluated / "results.jsonl").read_bytes()
