@@ -126,10 +126,8 @@ class Engine:
             return
         for number, master in enumerate(self._masters()):
             with self._in_memory(number):
-                self._optimizer.state[master] = {
-                    "step": torch.tensor(0.0),
-                    **{key: torch.zeros_like(master, dtype=torch.float32) for key in MOMENTS},
-                }
+                zeros = {key: torch.zeros_like(master, dtype=torch.float32) for key in MOMENTS}
+                self._optimizer.state[master] = {"step": torch.tensor(0.0), **zeros}
         if self._held is not None:
             for master in self._masters_of(self._held.group):
                 for key, kept in kept_as(self._dtype).items():
