@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import os
 import re
 import signal
@@ -25,8 +26,22 @@ OVERRIDE = re.compile(r"[a-z_]+(\.[\w-]+)*=")
 """How an argument that changes a setting begins; a folder that does can be written `./a=b`."""
 
 
+_WRONG_PLACE = (
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+"""What the system says where a path that was given can't be read, or can't hold what it should."""
+
+
 def guarded(command: Callable[[], None]) -> int:
-    """Run a command; print a `MeraError` as one message and return its exit status."""
+    """Run a command; print a `MeraError` as one message and return its exit status.
+
+    A path that can't be used is bad input as well, whatever was to be done with it.
+    """
     try:
         with _sigterm_as_interrupt():
             command()
@@ -36,6 +51,15 @@ def guarded(command: Callable[[], None]) -> int:
         if os.environ.get("RANK", "0") == "0" or not common:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in _WRONG_PLACE or error.filename is None:
+            raise
+        print(
+            f"error: {error.filename} can't be used: {error.strerror}; give another path, or see "
+            "that this one may be used and no file stands where a folder is meant",
+            file=sys.stderr,
+        )
+        return InputError.exit_code
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("error: stopped; run the same command to continue", file=sys.stderr)

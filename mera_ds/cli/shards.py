@@ -155,6 +155,8 @@ def preview(arguments: argparse.Namespace) -> None:
     """Show samples as text, or write a page."""
     from mera_ds.shards import preview as pages
 
+    if arguments.count < 1:
+        raise InputError(f"--count {arguments.count} must be at least 1")
     folders = _shard_folders(arguments.folders)
     if arguments.html is None:
         for folder in folders:

@@ -31,7 +31,7 @@ BAD_CLIPS = frozenset(
 """Left out by LAVIS, since their sounds are damaged."""
 REFERENCES = 5
 EXTENSIONS = ("wav", "flac")
-FOLDERS = ("audio", "audio/train", "audio/test", "train", "test", "data", ".")
+FOLDERS = ("audio", "audio/train", "audio/test", "train", "test", "data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ def read(source: SourceFolder, options: Options) -> Contents:
     """Return training and test rows."""
     train_file = source.need("train.csv", ORIGIN)
     test_file = source.need("test.csv", ORIGIN)
-    media = source.media(FOLDERS, ("*.zip", "audio/*.zip"), SOUNDS_ORIGIN)
+    archives = ("*.zip", "audio/*.zip")
+    media = source.media(FOLDERS, archives, SOUNDS_ORIGIN, loose=EXTENSIONS)
     source.require_all()
     dropped: Counter[str] = Counter()
     train = full_rows(_rows(train_file, dropped), dropped)

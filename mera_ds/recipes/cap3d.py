@@ -23,7 +23,7 @@ from mera_ds.recipes.official.contents import (
     full_rows,
 )
 from mera_ds.recipes.official.convert import Conversion
-from mera_ds.recipes.official.sources import MediaFiles, SourceFolder, read_text
+from mera_ds.recipes.official.sources import MediaFiles, SourceFolder, read_lines, read_text
 
 CAPTIONS = (
     "Cap3D_automated_Objaverse_full.csv",
@@ -138,7 +138,7 @@ def excluded_ids(source: SourceFolder, path: str | None) -> set[str]:
 
 def read_ids(path: Path) -> set[str]:
     """Return the Objaverse ids that begin the lines of a file."""
-    return {line[:32] for line in read_text(path).splitlines() if UID.match(line)}
+    return {line[:32] for line in read_lines(path) if UID.match(line)}
 
 
 def read_captions(path: Path) -> Iterator[tuple[str, str]]:

@@ -37,7 +37,7 @@ def read(source: SourceFolder, options: Options) -> Contents:
     """Return training and test rows."""
     train_file = source.need("clotho_aqa_train.csv", ORIGIN)
     test_file = source.need("clotho_aqa_test.csv", ORIGIN)
-    media = source.media(("audio_files", "."), ("audio_files.zip",), f"audio_files.zip, {ORIGIN}")
+    media = source.media(("audio_files",), ("audio_files.zip",), ORIGIN, loose=("wav",))
     source.require_all()
     dropped: Counter[str] = Counter()
     train = full_rows(_rows(train_file, options, dropped), dropped)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mera_ds.errors import DataError
 from mera_ds.recipes.official.contents import (
     CommonOptions,
     Contents,
@@ -90,8 +91,11 @@ def _karpathy_rows(content: Any, path: Path) -> Iterator[Row]:
     """Yield the captions of the test images of either of `KARPATHY_FILES`."""
     if path.name == KARPATHY_FILES[1]:
         for name, texts in records(content, None, path, image=str, caption=list):
+            image_id = _image_id(name, path)
             for number, text in enumerate(texts):
-                yield image_row(_image_id(name), "val2014", caption(number, str(text)))
+                if not isinstance(text, str):
+                    raise DataError(f"{path}: {name} has the caption {text!r:.60}, no text")
+                yield image_row(image_id, "val2014", caption(number, text))
         return
     found = records(content, "images", path, cocoid=int, split=str, sentences=list)
     for image_id, split, sentences in found:
@@ -100,8 +104,11 @@ def _karpathy_rows(content: Any, path: Path) -> Iterator[Row]:
                 yield image_row(image_id, "val2014", caption(number, text))
 
 
-def _image_id(name: str) -> int:
-    return int(Path(name).stem.rpartition("_")[2])
+def _image_id(name: str, path: Path) -> int:
+    number = Path(name).stem.rpartition("_")[2]
+    if not (number.isascii() and number.isdigit()):
+        raise DataError(f"{path}: '{name:.60}' is no name of a COCO image; fetch the file again")
+    return int(number)
 
 
 DATASET = Dataset(

@@ -22,13 +22,14 @@ from mera_ds.recipes.official.contents import (
     full_rows,
 )
 from mera_ds.recipes.official.convert import Conversion
-from mera_ds.recipes.official.sources import MediaFiles, SourceFolder, read_csv, read_text
+from mera_ds.recipes.official.sources import MediaFiles, SourceFolder, read_csv, read_lines
 
 LAST_TRAIN = 1200
 LAST_VALIDATION = 1300
 LICENCE = "not stated by the authors; for research"
 MAPPING_ORIGIN = "github.com/xudejing/video-question-answering, MSVD-QA"
-CLIPS_ORIGIN = "YouTubeClips.tar of cs.utexas.edu/users/ml/clamp/videoDescription, unpacked"
+CLIPS_ORIGIN = "cs.utexas.edu/users/ml/clamp/videoDescription, unpacked or not"
+EXTENSIONS = ("avi", "mp4", "mkv")
 CAPTIONS = ("AllVideoDescriptions.txt", "video_corpus.csv")
 CAPTIONS_ORIGIN = "cs.utexas.edu/users/ml/clamp/videoDescription"
 
@@ -86,12 +87,13 @@ def read(source: SourceFolder, options: Options) -> Contents:
 
 def clips(source: SourceFolder) -> MediaFiles:
     """Return the video files."""
-    return source.media(("YouTubeClips", "."), ("YouTubeClips.zip",), CLIPS_ORIGIN)
+    archives = ("YouTubeClips.tar", "YouTubeClips.zip")
+    return source.media(("YouTubeClips",), archives, CLIPS_ORIGIN, loose=EXTENSIONS)
 
 
 def clip_row(number: int, name: str, text: Any) -> Row:
     """Return a row on clip `vid<number>`; names of clips may start with `-`, keys may not."""
-    return Row(f"vid{number}", name, tuple(f"{name}.{end}" for end in ("avi", "mp4", "mkv")), text)
+    return Row(f"vid{number}", name, tuple(f"{name}.{end}" for end in EXTENSIONS), text)
 
 
 def split_of(number: int) -> str | None:
@@ -104,7 +106,7 @@ def split_of(number: int) -> str | None:
 def read_mapping(path: Path) -> Mapping[int, str]:
     """Return number -> name of the clips in `youtube_mapping.txt`: lines `<name> vid<number>`."""
     names: dict[int, str] = {}
-    for line_number, line in enumerate(read_text(path).splitlines(), start=1):
+    for line_number, line in enumerate(read_lines(path), start=1):
         words = line.split()
         if not words:
             continue
@@ -124,10 +126,10 @@ def _captions(path: Path) -> Iterator[tuple[str, str]]:
             if language.strip() == "English":
                 yield f"{video}_{start}_{end}", text
         return
-    for line in read_text(path).splitlines():
-        name, _, text = line.strip().partition(" ")
-        if name and not name.startswith("#"):
-            yield name, text
+    for line in read_lines(path):
+        words = line.split(maxsplit=1)
+        if words and not words[0].startswith("#"):
+            yield words[0], words[1] if len(words) > 1 else ""
 
 
 DATASET = Dataset(

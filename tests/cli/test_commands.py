@@ -1,6 +1,7 @@
 """What the commands do with processes: launchers, signals, locks; and the shard commands."""
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -159,6 +160,7 @@ class TestShards:
             ("build tiny --source nowhere --out out", "--source nowhere is not a folder"),
             ("lint nowhere", "nowhere holds no shard set"),
             ("preview nowhere", "nowhere holds no shard set"),
+            ("preview nowhere --count 0", "--count 0 must be at least 1"),
         ],
     )
     def test_bad_input(self, command: str, expected: str, tmp_path: Path) -> None:
@@ -166,3 +168,10 @@ class TestShards:
         assert ended.status == 2
         assert expected in ended.message
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_where_the_shards_should_be(self, tmp_path: Path) -> None:
+        (tmp_path / "out").write_text("a file")
+        ended = run("mera-ds shards build tiny --out out", tmp_path)
+        assert ended.status == 2
+        assert re.match(r"out/\S+ can't be used: Not a directory; give another path", ended.message)
+        assert (tmp_path / "out").read_text() == "a file"

@@ -1,5 +1,8 @@
 """The eight published datasets from small sources in their official layouts: counts, ids, texts."""
 
+import re
+import shutil
+import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -112,6 +115,24 @@ def test_coco_with_lavis_file(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "caption", "complaint"),
+    [
+        ("val2014/103.jpeg.jpg", "one", "is no name of a COCO image"),
+        (coco_name("val2014", 103), None, "has the caption None"),
+    ],
+)
+def test_lavis_file_with_something_else(
+    name: str, caption: str | None, complaint: str, tmp_path: Path
+) -> None:
+    dataset = make("coco", tmp_path)
+    entry = {"image": name, "caption": ["one", caption]}
+    dump(dataset.source / "coco_karpathy_test.json", [entry])
+    with pytest.raises(DataError, match=rf"coco_karpathy_test\.json: .*{complaint}"):
+        dataset.build()
+    assert not dataset.out.exists()
+
+
 def test_okvqa_has_a_sample_for_each_distinct_answer(built: Get) -> None:
     train = texts(built("okvqa").train)
     assert train["000000000001"] == [
@@ -173,6 +194,26 @@ def test_msvd_clips_become_four_frames(built: Get, tmp_path: Path) -> None:
         "vid1200": "avi",
     }
     assert kept["vid1"][1] == (dataset.source / "YouTubeClips" / f"{CLIPS[1]}.avi").read_bytes()
+
+
+def test_msvd_lines_end_at_line_feeds_and_names_at_white_space(tmp_path: Path) -> None:
+    dataset = make("msvd", tmp_path)
+    lines = [f"{CLIPS[1]}\ta man\u0085 waits", f"{CLIPS[1970]}  a\u2028cat"]
+    (dataset.source / "AllVideoDescriptions.txt").write_bytes("\r\n".join(lines).encode())
+    dataset.build()
+    assert texts(dataset.train) == {"vid1": [("c0", "", "a man waits")]}
+    assert texts(dataset.test) == {"vid1970": [("c0", "", "a cat")]}
+
+
+def test_msvd_from_the_tar_as_downloaded(built: Get, tmp_path: Path) -> None:
+    dataset = make("msvd", tmp_path)
+    with tarfile.open(dataset.source / "YouTubeClips.tar", "w") as archive:
+        archive.add(dataset.source / "YouTubeClips", "YouTubeClips")
+    shutil.rmtree(dataset.source / "YouTubeClips")
+    dataset.build()
+    for split in ("train", "test"):
+        tars = [place / "msvd" / split / "00000.tar" for place in (dataset.out, built("msvd").out)]
+        assert tars[0].read_bytes() == tars[1].read_bytes()
 
 
 def test_msvd_from_the_corpus_file(tmp_path: Path) -> None:
@@ -338,6 +379,7 @@ def test_all_missing_files_are_named(name: str, tmp_path: Path) -> None:
     assert lines[0].startswith(f"--source {dataset.source} lacks files of {name}")
     assert len(lines) >= 3
     assert all("(" in line for line in lines[1:])
+    assert re.search(r"/ or .*(\.zip|\.tar)", lines[-1]), "the media, too"
     assert not dataset.out.exists()
 
 

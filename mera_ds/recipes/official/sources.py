@@ -1,12 +1,13 @@
-"""The user's copy of a dataset: annotation files, and media in folders or zip archives.
+"""The user's copy of a dataset: annotation files, and media in folders, zip or tar archives.
 
-Nothing is extracted. Zip members are found by their file name alone, and those that would lie
-outside of the archive's folder (`../x`, `/x`) are passed over.
+Nothing is extracted. Members are found by their file name alone, and those that would lie outside
+of the archive's folder (`../x`, `/x`) are passed over.
 """
 
 import csv
 import functools
 import json
+import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,14 +59,25 @@ class SourceFolder:
         """Record that a file decides about the shards."""
         self._used[name] = path
 
-    def media(self, folders: Sequence[str], archives: Sequence[str], origin: str) -> "MediaFiles":
-        """Return the media in those of some folders and archives (patterns) that are there."""
+    def media(
+        self,
+        folders: Sequence[str],
+        archives: Sequence[str],
+        origin: str,
+        loose: Sequence[str] = (),
+    ) -> "MediaFiles":
+        """Return the media in those of some folders and archives (patterns) that are there.
+
+        Media with an extension in `loose` may lie beside the annotation files, too.
+        """
         found = [self.root / folder for folder in folders if (self.root / folder).is_dir()]
-        zips = sorted({path for pattern in archives for path in self.root.glob(pattern)})
-        if not found and not zips:
-            places = [f"{folder}/" for folder in folders if folder != "."]
+        if any(path.suffix[1:].lower() in loose for path in self.root.iterdir()):
+            found.append(self.root)
+        packed = sorted({path for pattern in archives for path in self.root.glob(pattern)})
+        if not found and not packed:
+            places = [f"{folder}/" for folder in folders]
             self._missing.append(f"{' or '.join([*places, *archives])}  ({origin})")
-        return MediaFiles(tuple(found), tuple(zips))
+        return MediaFiles(tuple(found), tuple(packed))
 
     def require_all(self) -> None:
         """Raise `InputError` naming every file that was needed and not found."""
@@ -83,11 +95,13 @@ class SourceFolder:
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A file, or the member of a zip archive."""
+    """A file, or the member of an archive."""
 
     path: Path
     member: str | None
     size: int
+    offset: int | None = None
+    """Where its content begins in a tar; None for members of a zip, and for files."""
 
     @property
     def name(self) -> str:
@@ -108,15 +122,46 @@ class MediaFile:
         """Return the content; `OSError` or `zipfile.BadZipFile` if it can't be read."""
         if self.member is None:
             return self.path.read_bytes()
-        return _archive(self.path).read(self.member)
+        if self.offset is None:
+            return _zip(self.path).read(self.member)
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise OSError(f"{self.path} ends within '{self.member}'")
+        return content
 
 
 @functools.lru_cache(maxsize=64)
-def _archive(path: Path) -> zipfile.ZipFile:
+def _zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is no readable zip archive ({error}); fetch it again") from None
+
+
+def _members(path: Path) -> Iterator[MediaFile]:
+    """Yield the files in an archive, but links and what would lie outside of its folder."""
+    for member in _tar_members(path) if path.suffix == ".tar" else _zip_members(path):
+        inner = PurePosixPath(member.member or "")
+        if not inner.is_absolute() and ".." not in inner.parts:
+            yield member
+
+
+def _zip_members(path: Path) -> Iterator[MediaFile]:
+    for info in _zip(path).infolist():
+        if not info.is_dir():
+            yield MediaFile(path, info.filename, info.file_size)
+
+
+def _tar_members(path: Path) -> Iterator[MediaFile]:
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for info in archive:
+                if info.isreg() and not info.issparse():
+                    yield MediaFile(path, info.name, info.size, info.offset_data)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path} is no readable tar archive ({error}); fetch it again") from None
 
 
 class MediaFiles:
@@ -131,8 +176,8 @@ class MediaFiles:
         for name in names:
             if path := self._paths.get(name):
                 return MediaFile(path, None, path.stat().st_size)
-            if member := self._members.get(name):
-                return MediaFile(*member)
+            if member := self._packed.get(name):
+                return member
         return None
 
     @functools.cached_property
@@ -145,14 +190,11 @@ class MediaFiles:
         return found
 
     @functools.cached_property
-    def _members(self) -> Mapping[str, tuple[Path, str, int]]:
-        found: dict[str, tuple[Path, str, int]] = {}
+    def _packed(self) -> Mapping[str, MediaFile]:
+        found: dict[str, MediaFile] = {}
         for path in self._archives:
-            for info in _archive(path).infolist():
-                inner = PurePosixPath(info.filename)
-                if info.is_dir() or inner.is_absolute() or ".." in inner.parts:
-                    continue
-                found.setdefault(inner.name, (path, info.filename, info.file_size))
+            for member in _members(path):
+                found.setdefault(member.name, member)
         return found
 
 
@@ -200,6 +242,11 @@ def read_text(path: Path) -> str:
         return content.decode("latin-1")
 
 
+def read_lines(path: Path) -> list[str]:
+    """Read a text file's lines; only line feeds and carriage returns end one."""
+    return read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Yield the named columns of every row of a CSV file with a header.
 
@@ -210,7 +257,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
         DataError: a column is missing, or a row is cut; the message names file and line.
     """
     csv.field_size_limit(_LONGEST_FIELD)
-    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = read_lines(path)
     header = [name.strip().strip('"') for name in lines[0].split(",")]
     if missing := [column for column in columns if column not in header]:
         raise DataError(f"{path}: no column {', '.join(missing)} in its header ({lines[0]:.120})")

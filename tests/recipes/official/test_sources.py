@@ -1,5 +1,7 @@
 """Annotation tables as people keep them, media in folders and hostile archives."""
 
+import io
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -78,6 +80,38 @@ def test_members_outside_of_an_archive_are_passed_over(tmp_path: Path) -> None:
     assert found is not None
     assert (found.read(), found.extension, found.size) == (b"good", "wav", 4)
     assert sorted(tmp_path.parent.rglob("*")) == before, "nothing is extracted"
+
+
+def test_a_tar_as_downloaded(tmp_path: Path) -> None:
+    archive = tmp_path / "media.tar"
+    with tarfile.open(archive, "w") as target:
+        for name, content in (
+            ("media/-good_5_15.avi", b"good"),
+            ("../x.avi", b"outside"),
+            ("/y.avi", b"root"),
+            ("media/last.avi", b"last"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            target.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("media/link.avi")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        target.addfile(link)
+    before = sorted(tmp_path.parent.rglob("*"))
+    media = MediaFiles((), (archive,))
+    assert [media.find([f"{name}.avi"]) for name in ("x", "y", "link")] == [None] * 3
+    found, last = media.find(["-good_5_15.avi"]), media.find(["last.avi"])
+    assert found is not None
+    assert last is not None
+    assert (found.read(), found.extension, found.size) == (b"good", "avi", 4)
+    assert found.label == f"{archive}!media/-good_5_15.avi"
+    assert sorted(tmp_path.parent.rglob("*")) == before, "nothing is extracted"
+    with archive.open("r+b") as file:
+        file.truncate(last.offset)
+    with pytest.raises(OSError, match=r"media\.tar ends within 'media/last\.avi'"):
+        last.read()
+    with pytest.raises(DataError, match=r"media\.tar is no readable tar archive"):
+        MediaFiles((), (archive,)).find(["last.avi"])
 
 
 def test_folders_come_before_archives(tmp_path: Path) -> None:
