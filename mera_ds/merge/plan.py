@@ -177,6 +177,8 @@ def plan_merge(
         compare_adapter(parts, tuned, previous, old, found)
         check_base(tuned, previous, found)
         check_order(previous, stage, found)
+        if rule.warning is not None:
+            found.notes.append(rule.warning)
         sources, new = {**parts.full, **parts.low_rank}, dict(parts.places)
     else:
         pair = compare_checkpoints(previous, tuned, stage, dtype, found)

@@ -239,6 +239,13 @@ class TestRefusals:
         assert "adapter has adapter_config.json but no adapter_model.safetensors" in message
 
 
+def test_ties_on_an_adapter_carries_a_warning(base: Path, tmp_path: Path) -> None:
+    adapter = trained(base_model(), tmp_path / "adapter")
+    for method, warned in (("ties", True), ("dare", True), ("magmax", False)):
+        plan = prepare_merge(base, adapter, 2, tmp_path / "out", method=method, base=base)
+        assert any("on LoRA deltas can fall below" in note for note in plan.notes) == warned
+
+
 def test_another_name_of_the_base_is_a_note(base: Path, tmp_path: Path) -> None:
     adapter = trained(base_model(), tmp_path / "adapter")
     path = adapter / "adapter_config.json"
