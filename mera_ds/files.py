@@ -62,6 +62,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}); restore it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); restore or rebuild it") from None
 
@@ -195,6 +197,20 @@ def require_space(folder: Path, size: int) -> None:
         raise ResourceError(
             f"{folder} needs {size / 1e6:.1f} MB and its disk has {free / 1e6:.1f} MB free; "
             "free some space or choose another folder"
+        )
+
+
+def require_writable(folder: Path) -> None:
+    """Raise `InputError` unless a folder, or the first of those above it, can be written to."""
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"{existing} is no folder; choose another one to write to")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{existing} can't be written to (its rights, or a read-only disk); allow it or choose "
+            "another folder"
         )
 
 

@@ -23,6 +23,7 @@ from mera_ds.files import (
     remove_temporaries,
     require_space,
     require_unlocked,
+    require_writable,
     sha256_file,
     sha256_json,
     write_bytes,
@@ -249,6 +250,12 @@ class TestFullDisk:
     def test_other_errors_pass_through(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError), full_disk_is_an_error(tmp_path):
             (tmp_path / "gone").read_text()
+
+    def test_a_disk_that_is_only_read(self, small_disk: Path) -> None:
+        require_writable(small_disk / "not" / "there")
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        with pytest.raises(InputError, match=r"disk can't be written to .* a read-only disk"):
+            require_writable(small_disk / "not" / "there")
 
     def test_space_is_asked_for_before_it_is_needed(self, tmp_path: Path) -> None:
         require_space(tmp_path / "not" / "there", 1000)

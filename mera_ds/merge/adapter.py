@@ -6,7 +6,7 @@ adapter holds in full (`modules_to_save`, biases) are averaged like those of a c
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from mera_ds.errors import InputError
-from mera_ds.files import read_json
-from mera_ds.merge.compare import Findings
+from mera_ds.merge.compare import EMBEDDINGS, EXPORT_RECORD, HEADS, Findings, read_config
 from mera_ds.merge.convert import Converter
 from mera_ds.merge.digest import block_ranges
 from mera_ds.merge.safetensors_io import FLOATS, MappedFiles, TensorPlace, read_header
@@ -26,6 +25,7 @@ FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LINEAR = (".lora_A.weight", ".lora_B.weight")
 _BASE = ".base_layer.weight"
+_BASE_BIAS = ".base_layer.bias"
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base weights as they were."""
@@ -75,7 +75,7 @@ def read_adapter(folder: Path, previous: Path, found: Findings) -> Adapter:
         InputError: if its files are missing.
         DataError: if the tensors' file can't be read.
     """
-    config = read_json(folder / CONFIG)
+    config = read_config(folder, CONFIG)
     if not (folder / FILE).exists():
         raise InputError(
             f"{folder} has {CONFIG} but no {FILE}; save the adapter as safetensors "
@@ -151,8 +151,14 @@ def _sorted_tensors(
         if "lora_" in inner or place.dtype not in FLOATS or not inner.endswith(("weight", "bias")):
             unknown.append(name)
         else:
-            full[inner] = place
+            full[_without_wrapper(inner)] = place
     return low_rank, full, unknown
+
+
+def _without_wrapper(name: str) -> str:
+    """Return the base's name of a bias that belongs to a layer with factors."""
+    stem = name.removesuffix(_BASE_BIAS)
+    return name if stem == name else f"{stem}.bias"
 
 
 def _are_factors(factor_a: TensorPlace, factor_b: TensorPlace) -> bool:
@@ -179,10 +185,19 @@ def compare_adapter(
     """Add to `found` what of the adapter does not fit the base model."""
     shapes = {name: update.shape for name, update in adapter.low_rank.items()}
     shapes |= {name: place.shape for name, place in adapter.full.items()}
+    apart = _tied(shapes, previous, old)
+    found.add(
+        [
+            f"{folder} changes '{name}', which {previous} ties to another tensor"
+            for name in sorted(apart)
+        ],
+        "peft trained the two apart: store both in --previous and set tie_word_embeddings to "
+        "false in its config.json",
+    )
     found.add(
         [
             f"{folder} changes '{name}', which {previous} does not have"
-            for name in sorted(shapes.keys() - old.keys())
+            for name in sorted(shapes.keys() - old.keys() - apart)
         ],
         "give the base model that the adapter was trained on as --previous",
     )
@@ -211,6 +226,36 @@ def compare_adapter(
         ],
         f"only {', '.join(FLOATS)} can be merged: dequantise the base model",
     )
+
+
+def check_base(folder: Path, previous: Path, found: Findings) -> None:
+    """Add to `found` if an adapter that a lineage was exported as belongs to another base.
+
+    It reads the base once; for an adapter of other origin, nothing.
+    """
+    if not (folder / EXPORT_RECORD).exists():
+        return
+    from mera_ds.checkpoint import hash_backbone  # they need torch
+    from mera_ds.identity import hash_memory
+
+    wanted = str(read_config(folder, EXPORT_RECORD).get("base"))
+    given = hash_backbone(previous, hash_memory())
+    if wanted != given:
+        found.add(
+            [
+                f"{folder} is a lineage on the base {wanted[:12]} ({EXPORT_RECORD}), and "
+                f"{previous} is {given[:12]}"
+            ],
+            "give the base of its run, config.json and files as they were, as --previous",
+        )
+
+
+def _tied(names: Iterable[str], previous: Path, old: Mapping[str, TensorPlace]) -> set[str]:
+    """Return which names are the embeddings or the head of a base where both are one tensor."""
+    tied = read_config(previous).get("tie_word_embeddings")
+    if tied is None:  # the architecture's default
+        tied = not any(name.endswith(HEADS) for name in old)
+    return {name for name in names if tied and name.endswith((*EMBEDDINGS, *HEADS))}
 
 
 def _have_equal_values(one: TensorPlace, other: TensorPlace) -> bool:

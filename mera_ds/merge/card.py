@@ -9,8 +9,9 @@ from typing import Any
 
 from mera_ds import __version__
 from mera_ds.files import read_json, sha256_file, write_bytes, write_json
+from mera_ds.manifest import MANIFEST
 from mera_ds.merge.adapter import CONFIG as ADAPTER_CONFIG
-from mera_ds.merge.compare import OTHER_IDS, OTHER_TEXT, RECORD
+from mera_ds.merge.compare import EXPORT_RECORD, OTHER_IDS, OTHER_TEXT, RECORD
 from mera_ds.merge.digest import read_digests, weights_digest
 from mera_ds.merge.partial import TensorRecord
 from mera_ds.merge.plan import MergePlan
@@ -22,10 +23,11 @@ METHOD = "cumulative moving average"
 REPORT = "merge_report.json"
 CARD = "README.md"
 
-_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
-"""Endings of files with weights: those of the previous checkpoint are not those of the merge."""
-MERGE_FILES = frozenset((RECORD, REPORT, CARD))
-"""What a merge writes about itself."""
+WEIGHT_ENDINGS = (
+    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf"),
+    *(".msgpack", ".h5", ".ot", ".onnx", ".onnx_data", ".tflite"),
+)
+"""Of files with weights, in any format: they are not carried over to other weights."""
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -101,12 +103,23 @@ def _carried_over(plan: MergePlan) -> Iterator[Path]:
     """Yield the previous model's files, and the tuned one's tokenizer where it has none."""
     own = [path for path in sorted(plan.previous.iterdir()) if path.is_file()]
     names = {path.name for path in own}
+    about_itself = files_about_origin(plan.previous) | {CARD}
     for path in own:
-        if not path.name.endswith(_NOT_COPIED) and path.name not in MERGE_FILES:
+        if not path.name.endswith(WEIGHT_ENDINGS) and path.name not in about_itself:
             yield path
     for name in (*OTHER_IDS, *OTHER_TEXT, "generation_config.json"):
         if name not in names and (plan.tuned / name).exists() and not plan.adapter:
             yield plan.tuned / name
+
+
+def files_about_origin(folder: Path) -> frozenset[str]:
+    """Return the names of files that say where a folder's weights come from: a merge, an export."""
+    found: frozenset[str] = frozenset()
+    if (folder / RECORD).exists():
+        found |= {RECORD, REPORT, CARD}
+    if (folder / EXPORT_RECORD).exists():
+        found |= {EXPORT_RECORD, MANIFEST}
+    return found
 
 
 def _set_dtype(path: Path, dtype: str) -> None:

@@ -22,6 +22,9 @@ from mera_ds.merge.safetensors_io import (
 RECORD = "merge.json"
 """What a merge writes about itself."""
 
+EXPORT_RECORD = "export.json"
+"""What an export of a lineage does."""
+
 OTHER_IDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 OTHER_TEXT = (
     "added_tokens.json",
@@ -32,13 +35,17 @@ OTHER_TEXT = (
 )
 """Tokenizer files: those that decide which ids a text has, and the rest."""
 
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-_HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""How the names of the two tensors end that may be tied."""
+
 _SHOWN = 10
 _ABOUT_THE_FILES = frozenset(
     ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash")
 )
 _ABOUT_GENERATION = frozenset(("bos_token_id", "eos_token_id", "pad_token_id"))
+_NOT_ABOUT_IDS = frozenset(("version", "truncation", "padding"))
+"""Of tokenizer.json: a tokenizer that cut or padded a batch saves how, with the same vocabulary."""
 
 
 @dataclass
@@ -129,11 +136,11 @@ def compare_base(
     return {name: places[name] for name in both}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's config.json."""
-    config = read_json(folder / "config.json")
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Return a checkpoint's configuration."""
+    config = read_json(folder / name)
     if not isinstance(config, dict):
-        raise InputError(f"{folder / 'config.json'} holds no configuration; restore it")
+        raise InputError(f"{folder / name} holds no configuration; restore it")
     return config
 
 
@@ -143,10 +150,10 @@ def _without_tied_heads(pair: Pair, configs: list[dict[str, Any]], found: Findin
         (pair.old, pair.new, configs[0], pair.previous),
         (pair.new, pair.old, configs[1], pair.tuned),
     ):
-        for head in [name for name in places.keys() - other.keys() if name.endswith(_HEADS)]:
-            embeddings = [name for name in places if name.endswith(_EMBEDDINGS)]
-            tied = config.get("tie_word_embeddings", False) is True
-            if not tied or len(embeddings) != 1:
+        for head in [name for name in places.keys() - other.keys() if name.endswith(HEADS)]:
+            embeddings = [name for name in places if name.endswith(EMBEDDINGS)]
+            tied = config.get("tie_word_embeddings")  # absent: what the architecture's default is
+            if tied is False or len(embeddings) != 1:
                 continue
             files = MappedFiles(places[name].file for name in (head, embeddings[0]))
             if np.array_equal(files.raw(places[head]), files.raw(places[embeddings[0]])):
@@ -154,7 +161,7 @@ def _without_tied_heads(pair: Pair, configs: list[dict[str, Any]], found: Findin
                 found.notes.append(
                     f"'{head}' of {folder} repeats its tied embeddings; it is left out"
                 )
-            else:
+            elif tied:
                 found.add(
                     [f"'{head}' of {folder} differs from the embeddings it is tied to"],
                     "set tie_word_embeddings to false in its config.json and store the head in "
@@ -166,7 +173,7 @@ def _compare_keys(pair: Pair, found: Findings) -> None:
     only_old = sorted(pair.old.keys() - pair.new.keys())
     only_new = sorted(pair.new.keys() - pair.old.keys())
     remedy = "both must be the same architecture, saved the same way; nothing is left out or added"
-    heads = [name for name in (*only_old, *only_new) if name.endswith(_HEADS)]
+    heads = [name for name in (*only_old, *only_new) if name.endswith(HEADS)]
     if heads:
         remedy = (
             f"'{heads[0]}' is stored where embeddings are not tied: save both with the same "
@@ -182,7 +189,7 @@ def _compare_keys(pair: Pair, found: Findings) -> None:
 def _compare_shapes(pair: Pair, both: list[str], found: Findings) -> None:
     different = [name for name in both if pair.old[name].shape != pair.new[name].shape]
     remedy = "give the model that was trained from --previous; nothing is cut or padded"
-    if any(name.endswith((*_EMBEDDINGS, *_HEADS)) for name in different):
+    if any(name.endswith((*EMBEDDINGS, *HEADS)) for name in different):
         remedy = (
             "the vocabularies differ in size: resize the embeddings of --previous as it was done "
             "before training (model.resize_token_embeddings) and save it; nothing is cut or padded"
@@ -273,16 +280,47 @@ def _content(path: Path) -> Any:
     if path.suffix != ".json":
         return content
     try:
-        return json.loads(content)
+        found = json.loads(content)
     except ValueError:
         return content
+    return _about_ids(found) if path.name == OTHER_IDS[0] else found
+
+
+def _about_ids(content: Any) -> Any:
+    """Return what of a tokenizer.json decides about ids, merges in the newer of two spellings."""
+    if not isinstance(content, dict):
+        return content
+    found = {key: value for key, value in content.items() if key not in _NOT_ABOUT_IDS}
+    model = found.get("model")
+    if isinstance(model, dict) and isinstance(model.get("merges"), list):
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        found["model"] = {**model, "merges": merges}
+    return found
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Return what the merge that wrote a folder says about itself; nothing if none did."""
+    path = folder / RECORD
+    if not path.exists():
+        return {}
+    record = read_json(path)
+    try:
+        int(record["stage"])
+        if "weights" in record:
+            str(record["inputs"]["tuned"]["weights"])
+    except (TypeError, ValueError, KeyError):
+        raise InputError(
+            f"{path} is no record of a merge; restore it, or remove it if mera-ds didn't write it"
+        ) from None
+    return dict(record)
 
 
 def check_order(previous: Path, stage: int, found: Findings) -> None:
     """Add what the record of the previous merge says against this one."""
-    if not (previous / RECORD).exists():
+    record = _read_record(previous)
+    if not record:
         return
-    merged = read_json(previous / RECORD).get("stage")
+    merged = record["stage"]
     if merged != stage - 1:
         found.add(
             [
@@ -301,7 +339,7 @@ def check_parents(
     It reads both models once; without a record, nothing.
     """
     found = Findings()
-    record = read_json(previous / RECORD) if (previous / RECORD).exists() else {}
+    record = _read_record(previous)
     if "weights" not in record:
         return found
     if weights_digest(read_digests(old, workers)) != record["weights"]:

@@ -18,24 +18,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mera_ds.deltas import FactorFile, add_products
-from mera_ds.errors import DataError, InputError
+from mera_ds.errors import DataError
 from mera_ds.files import committed_folder, failpoint, read_json, require_space, write_json
 from mera_ds.manifest import MANIFEST, Manifest
-from mera_ds.merge.card import MERGE_FILES
-from mera_ds.merge.compare import RECORD as MERGE_RECORD
+from mera_ds.merge.card import WEIGHT_ENDINGS, files_about_origin
+from mera_ds.merge.compare import EXPORT_RECORD
 from mera_ds.merge.lineage import merge_updates
 from mera_ds.merge.methods import Method
+from mera_ds.merge.partial import require_new
 from mera_ds.merge.safetensors_io import INDEX, weight_files
 from mera_ds.merge.updates import layers_of, open_updates
-
-RECORD = "export.json"
-"""What an export writes about itself."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf")
-"""Endings of the base's files that are not carried over."""
 
 Terms = Sequence[tuple[float, Tensor, Tensor]]
 Update = Callable[[str], Terms | Tensor]
@@ -112,12 +108,11 @@ def export_folder(
         method: merge the trained deltas by this method instead of taking the lineage as it stands.
 
     Raises:
-        InputError: if the output exists.
+        InputError: if the output exists or can't be made.
         DataError: if a delta does not fit the base, or a weight is not finite in the dtype.
         ResourceError: if the disk is too small.
     """
-    if output.exists():
-        raise InputError(f"{output} exists; delete it or choose another --out")
+    require_new(output)
     layers, update = (
         lineage_update(product, manifest)
         if method is None
@@ -138,7 +133,7 @@ def export_folder(
         carry_over(base, folder, target, sum(_bytes(e, target) for e in tensors.values()))
         copy_product(product, manifest, folder)
         facts = {"dtype": dtype or "as the base", "relative_rounding": writer.rounding.relative}
-        write_json(folder / RECORD, record(manifest, method) | facts)
+        write_json(folder / EXPORT_RECORD, record(manifest, method) | facts)
     return writer.rounding
 
 
@@ -253,7 +248,7 @@ def _require_fit(name: str, weight: Tensor, terms: Terms) -> None:
 def carry_over(base: Path, folder: Path, target: torch.dtype | None, size: int) -> None:
     """Copy configuration, tokenizer and index, with what the dtype changes in them.
 
-    What a merge has written about the base's weights is left out.
+    What a merge or an export has written about the base's weights is left out.
 
     Args:
         base: an HF folder.
@@ -261,9 +256,9 @@ def carry_over(base: Path, folder: Path, target: torch.dtype | None, size: int) 
         target: dtype of the weights there; None: as in the base.
         size: bytes of all weights there.
     """
-    merged = (base / MERGE_RECORD).exists()
+    about_itself = files_about_origin(base)
     for source in sorted(base.iterdir()):
-        left_out = source.name.endswith(_WEIGHTS) or (merged and source.name in MERGE_FILES)
+        left_out = source.name.endswith(WEIGHT_ENDINGS) or source.name in about_itself
         if source.is_file() and not left_out:
             shutil.copyfile(source, folder / source.name)
     if (base / INDEX).exists():

@@ -272,8 +272,10 @@ def reweighted(manifest: Manifest, coefficients: Mapping[str, str]) -> tuple[Del
 
 def _exact(text: str) -> str:
     try:
-        return str(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+        found = Fraction(text)
+        float(found)
+        return str(found)
+    except (ValueError, ArithmeticError):
         raise InputError(
             f"the coefficient '{text}' is no number; write a fraction such as 1/3, or 0.5"
         ) from None

@@ -18,8 +18,10 @@ from mera_ds.checkpoint import save_tensors
 from mera_ds.errors import InputError
 from mera_ds.files import committed_folder, require_space, write_json
 from mera_ds.manifest import Manifest
-from mera_ds.merge.export import DTYPES, RECORD, copy_product, lineage_update, record
+from mera_ds.merge.compare import EXPORT_RECORD
+from mera_ds.merge.export import DTYPES, copy_product, lineage_update, record
 from mera_ds.merge.factors import LowRank, compress, norm, total
+from mera_ds.merge.partial import require_new
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -55,12 +57,11 @@ def export_adapter(
         dtype: of the factors: `fp32`, `fp16` or `bf16`.
 
     Raises:
-        InputError: if the output exists, or the lineage changes nothing.
+        InputError: if the output exists or can't be made, or the lineage changes nothing.
         DataError: if a factor is not finite in the dtype.
         ResourceError: if the disk is too small.
     """
-    if output.exists():
-        raise InputError(f"{output} exists; delete it or choose another --out")
+    require_new(output)
     layers, update = lineage_update(product, manifest)
     if not layers:
         raise InputError(f"{product} has no delta that counts; there is no adapter to write")
@@ -83,7 +84,7 @@ def export_adapter(
         write_json(folder / CONFIG, _config(base, ranks))
         copy_product(product, manifest, folder)
         facts = {"rank": found.rank, "relative_error": found.relative}
-        write_json(folder / RECORD, record(manifest, None) | facts)
+        write_json(folder / EXPORT_RECORD, record(manifest, None) | facts)
     return found
 
 

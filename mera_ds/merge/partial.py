@@ -21,6 +21,7 @@ from mera_ds.files import (
     full_disk_is_an_error,
     publish_folder,
     read_json,
+    require_writable,
     write_json,
 )
 from mera_ds.log import logger
@@ -56,6 +57,8 @@ class PartialFolder:
         self.folder = folder
         self._plan = plan
         self._done: dict[str, Records] = {}
+        self._opened = False
+        """Whether the folder is known to hold nothing but this merge."""
 
     @property
     def records(self) -> dict[str, TensorRecord]:
@@ -71,6 +74,9 @@ class PartialFolder:
         path = self.folder / STATE
         fresh: dict[str, Any] = {"key": self._plan.key, "done": {}}
         state = read_json(path) if path.exists() else fresh
+        if not (isinstance(state, dict) and state.keys() >= fresh.keys()):
+            raise InputError(f"{path} is not that of a merge; delete {self.folder}")
+        self._require_own()
         if state["key"] != self._plan.key and state["done"]:
             raise InputError(
                 f"{self.folder} holds finished files of a merge of other models or settings; "
@@ -85,6 +91,7 @@ class PartialFolder:
                 self._done[shard.file] = records
             else:
                 left.append(shard)
+        self._opened = True
         self._remove_unfinished()
         self._write_state(self._done)
         if self._done:
@@ -114,6 +121,14 @@ class PartialFolder:
         }
         write_json(self.folder / STATE, {"key": self._plan.key, "done": done})
 
+    def _require_own(self) -> None:
+        """Refuse a folder that somebody else keeps something in, before a file is removed."""
+        for entry in sorted(self.folder.iterdir()):
+            if entry.is_dir():
+                raise InputError(
+                    f"{entry} was not made by a merge; move it away or choose another --out"
+                )
+
     def _remove_unfinished(self) -> None:
         for entry in self.folder.iterdir():
             if entry.name not in {STATE, *self._done}:
@@ -121,8 +136,7 @@ class PartialFolder:
 
     def clean_up(self, *, keep_finished: bool) -> None:
         """Remove what a failed merge has written, but nothing of another merge."""
-        path = self.folder / STATE
-        if path.exists() and read_json(path)["key"] != self._plan.key:
+        if not self._opened:
             return
         if keep_finished and self._done:
             self._remove_unfinished()
@@ -145,9 +159,10 @@ def partial_folder(output: Path, plan: MergePlan) -> Iterator[PartialFolder]:
 
     Raises:
         LockedError: at once, if another process works on the same output.
-        InputError: if the output exists.
+        InputError: if the output exists, or can't be written.
     """
     folder = output.with_name(f"{output.name}{TEMPORARY}")
+    require_writable(folder)
     with full_disk_is_an_error(output):
         folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -172,6 +187,7 @@ def partial_folder(output: Path, plan: MergePlan) -> Iterator[PartialFolder]:
 
 
 def require_new(output: Path) -> None:
-    """Raise an `InputError` if the output exists."""
-    if output.exists():
+    """Raise an `InputError` if the output exists, or can't be made where it would be."""
+    if os.path.lexists(output):
         raise InputError(f"{output} exists; delete it or choose another --out")
+    require_writable(output.parent)

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mera_ds.files import sha256_json
-from mera_ds.merge.adapter import LowRank, compare_adapter, is_adapter, read_adapter
+from mera_ds.merge.adapter import LowRank, check_base, compare_adapter, is_adapter, read_adapter
 from mera_ds.merge.compare import (
     Findings,
     check_order,
@@ -175,7 +175,10 @@ def plan_merge(
         old = all_old = tensor_places(previous)
         parts = read_adapter(tuned, previous, found)
         compare_adapter(parts, tuned, previous, old, found)
+        check_base(tuned, previous, found)
         check_order(previous, stage, found)
+        if rule.warning is not None:
+            found.notes.append(rule.warning)
         sources, new = {**parts.full, **parts.low_rank}, dict(parts.places)
     else:
         pair = compare_checkpoints(previous, tuned, stage, dtype, found)

@@ -36,6 +36,8 @@ class Rule:
     combine: "Callable[[str, Sequence[Tensor]], Tensor] | None" = None
     """(layer, [Δ_1, Δ_i]) → τ, all fp32 of the weight's shape."""
     base: Path | None = None
+    warning: str | None = None
+    """What is known against the method on LoRA deltas."""
 
 
 def open_rule(name: str, options: Mapping[str, Any], stage: int, base: Path | None) -> Rule:
@@ -84,6 +86,7 @@ def open_rule(name: str, options: Mapping[str, Any], stage: int, base: Path | No
         weights=lambda layers: dict.fromkeys(layers, 1.0),
         combine=lambda layer, deltas: combine(method.options, layer, (1, stage), deltas),
         base=base,
+        warning=method.kind.warning,
     )
 
 

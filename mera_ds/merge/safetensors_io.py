@@ -33,7 +33,7 @@ _ITEM_SIZES = {
     **dict.fromkeys(("I64", "U64", "C64"), 8),
     **dict.fromkeys(("I32", "U32"), 4),
     **dict.fromkeys(("I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
 _MOST_HEADER_BYTES = 100_000_000
 

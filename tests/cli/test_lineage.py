@@ -8,6 +8,8 @@ import pytest
 
 from mera_ds.checkpoint import read_manifest
 from mera_ds.cli import main
+from mera_ds.errors import InputError
+from mera_ds.merge.state_dicts import prepare_merge
 
 from .commands import listing, succeed
 
@@ -75,6 +77,9 @@ class TestLineage:
         words = ("lineage", "export", merged, "--stage", 2, "--model", "merged", "--out")
         assert "28 tensors changed" in say(*words, tmp_path / "hf", "--dtype", "fp16")
         assert "PEFT adapter of rank 16" in say(*words, tmp_path / "peft", "--adapter")
+        prepare_merge(merged / "backbone", tmp_path / "peft", 1, tmp_path / "again")
+        with pytest.raises(InputError, match=r"peft is a lineage on the base \w{12} \(export"):
+            prepare_merge(tmp_path / "hf", tmp_path / "peft", 1, tmp_path / "again")
         output = say(*words, tmp_path / "small", "--adapter", "--rank", 4)
         record = json.loads((tmp_path / "small/export.json").read_text())
         assert f"{100 * record['relative_error']:.3g} %" in output

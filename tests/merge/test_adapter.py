@@ -76,6 +76,15 @@ class TestEqualToPeft:
         adapter = trained(base_model(), tmp_path / "adapter", **settings)
         self.assert_equal(base, adapter, tmp_path)
 
+    def test_biases_of_layers_with_factors(self, tmp_path: Path) -> None:
+        base = checkpoint(tmp_path / "base", base_model(attention_bias=True))
+        model = base_model(attention_bias=True)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+        adapter = trained(model, tmp_path / "adapter", bias="all")
+        self.assert_equal(base, adapter, tmp_path)
+
     def test_weights_that_are_stored_transposed(self, tmp_path: Path) -> None:
         base = checkpoint(tmp_path / "base", gpt2())
         adapter = trained(
@@ -202,11 +211,39 @@ class TestRefusals:
         assert "up_proj.lora_A.weight' of" in message
         assert "only LoRA on linear layers and embeddings can be merged" in message
 
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"target_modules": ["embed_tokens"]},
+            {"target_modules": ["q_proj", "lm_head"]},
+            {"modules_to_save": ["embed_tokens"]},
+        ],
+    )
+    def test_one_of_two_tied_tensors(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        """Peft leaves the other one as it was; a tied output would change both."""
+        base = checkpoint(tmp_path / "base", base_model(tie_word_embeddings=True))
+        adapter = trained(base_model(tie_word_embeddings=True), tmp_path / "adapter", **settings)
+        message = self.refusal(base, adapter)
+        assert f".weight', which {base} ties to another tensor\n  → peft trained the two" in message
+        assert "set tie_word_embeddings to false in its config.json" in message
+
+    def test_settings_that_are_none(self, base: Path, tmp_path: Path) -> None:
+        adapter = trained(base_model(), tmp_path / "adapter")
+        (adapter / "adapter_config.json").write_text("[]")
+        assert "adapter_config.json holds no configuration" in self.refusal(base, adapter)
+
     def test_no_safetensors(self, base: Path, tmp_path: Path) -> None:
         adapter = trained(base_model(), tmp_path / "adapter")
         (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
         message = self.refusal(base, adapter)
         assert "adapter has adapter_config.json but no adapter_model.safetensors" in message
+
+
+def test_ties_on_an_adapter_carries_a_warning(base: Path, tmp_path: Path) -> None:
+    adapter = trained(base_model(), tmp_path / "adapter")
+    for method, warned in (("ties", True), ("dare", True), ("magmax", False)):
+        plan = prepare_merge(base, adapter, 2, tmp_path / "out", method=method, base=base)
+        assert any("on LoRA deltas can fall below" in note for note in plan.notes) == warned
 
 
 def test_another_name_of_the_base_is_a_note(base: Path, tmp_path: Path) -> None:

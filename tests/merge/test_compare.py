@@ -126,6 +126,20 @@ class TestTiedWeights:
         assert f"'{HEAD}' of {tied[1]} differs from the embeddings it is tied to" in message
         assert "set tie_word_embeddings to false" in message
 
+    def test_a_tie_that_is_the_default_of_the_architecture(
+        self, tied: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        """Older files do not say `tie_word_embeddings` where it is the default."""
+        for folder in tied:
+            config = json.loads((folder / "config.json").read_text())
+            del config["tie_word_embeddings"]
+            (folder / "config.json").write_text(json.dumps(config))
+        rewritten(tied[1], **{HEAD: state(tied[1])["model.embed_tokens.weight"].clone()})
+        plan = prepare_merge(*tied, 2, tmp_path / "out")
+        assert HEAD not in {tensor.name for tensor in plan.tensors}
+        rewritten(tied[1], **{HEAD: torch.ones(48, 24)})
+        assert f"'{HEAD}' is only in {tied[1]}" in refusal(tied)
+
     def test_only_one_is_tied(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
         tied = checkpoint(tmp_path / "tied", base_model(tie_word_embeddings=True))
         message = refusal((pair[0], tied))
@@ -151,6 +165,10 @@ class TestConfiguration:
         (pair[1] / "config.json").write_text("[]")
         with pytest.raises(InputError, match=r"config\.json holds no configuration; restore it"):
             prepare_merge(*pair, 2, pair[0].parent / "out")
+        (pair[1] / "config.json").unlink()
+        (pair[1] / "config.json").mkdir()
+        with pytest.raises(InputError, match=r"config\.json can't be read \(Is a directory\)"):
+            prepare_merge(*pair, 2, pair[0].parent / "out")
 
 
 class TestTokenizer:
@@ -165,6 +183,20 @@ class TestTokenizer:
         for indent, folder in zip((None, 2), pair, strict=True):
             (folder / "tokenizer.json").write_text(json.dumps({"vocab": {"a": 1}}, indent=indent))
         assert prepare_merge(*pair, 2, tmp_path / "out").notes == ()
+
+    def test_what_saving_it_changes(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
+        """How the last batch was cut and padded, and a newer spelling of the merges."""
+        vocabulary = {"a": 0, "b": 1, "ab": 2}
+        for folder, merges, more in (
+            (pair[0], ["a b"], {"truncation": None}),
+            (pair[1], [["a", "b"]], {"truncation": {"max_length": 8}, "padding": {"pad_id": 0}}),
+        ):
+            content = {"model": {"vocab": vocabulary, "merges": merges}, **more}
+            (folder / "tokenizer.json").write_text(json.dumps(content))
+        prepare_merge(*pair, 2, tmp_path / "out")
+        content["model"]["merges"] = [["b", "a"]]
+        (pair[1] / "tokenizer.json").write_text(json.dumps(content))
+        assert "tokenizer.json differs" in refusal(pair)
 
     def test_another_chat_template_is_a_note(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
         for number, folder in enumerate(pair):
@@ -204,6 +236,14 @@ class TestLineage:
         checkpoint(again, moved(base_model(), 1), "7KB")
         message = refusal((merged, again), 3)
         assert f"the tuned model went into {merged} already, as stage 2" in message
+
+    @pytest.mark.parametrize("record", ["[]", "{}", '{"stage": 1, "weights": 2}'])
+    def test_a_record_that_is_none(self, pair: tuple[Path, Path], record: str) -> None:
+        (pair[0] / RECORD).write_text(record)
+        with pytest.raises(
+            InputError, match=r"merge\.json is no record of a merge; restore it, or"
+        ):
+            prepare_merge(*pair, 2, pair[0].parent / "out")
 
     def test_a_merge_that_was_changed_after(self, merged: Path) -> None:
         file = sorted(merged.glob("*.safetensors"))[1]

@@ -223,6 +223,7 @@ class TestReweight:
             ({"m1": "half"}, "'half' is no number"),
             ({"m1": "1/0"}, "'1/0' is no number"),
             ({"m1": "nan"}, "'nan' is no number"),
+            ({"m1": "1e400"}, "'1e400' is no number"),
         ],
     )
     def test_bad_input(

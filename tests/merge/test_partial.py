@@ -162,6 +162,26 @@ def test_a_merge_of_others_without_a_finished_file_is_replaced(pair: Pair, tmp_p
     assert merge(pair, tmp_path / "out") == expected
 
 
+def test_a_folder_of_somebody_else_is_refused(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "out.partial/photos").mkdir(parents=True)
+    (tmp_path / "out.partial/notes").write_text("x")
+    with pytest.raises(InputError, match="photos was not made by a merge; move it away"):
+        merge(pair, tmp_path / "out")
+    assert (tmp_path / "out.partial/notes").exists()
+    (tmp_path / "out2.partial").write_text("x")
+    with pytest.raises(InputError, match=r"out2\.partial is no folder"):
+        merge(pair, tmp_path / "out2")
+
+
+def test_a_state_that_is_none_is_refused(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / STATE).write_text("[]")
+    with pytest.raises(
+        InputError, match=r"state\.json is not that of a merge; delete .*out\.partial"
+    ):
+        merge(pair, tmp_path / "out")
+
+
 def test_two_at_the_same_output(pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
     plan = prepare_merge(*pair, 2, out, shard_size=10_000)

@@ -127,7 +127,7 @@ class TestLayouts:
     def test_old_weights_in_other_formats_do_not_come_along(
         self, pair: tuple[Path, Path], tmp_path: Path
     ) -> None:
-        for name in ("pytorch_model.bin", "consolidated.00.pth", "x.gguf"):
+        for name in ("pytorch_model.bin", "consolidated.00.pth", "x.gguf", "rust_model.ot"):
             (pair[0] / name).write_text("old weights")
         output = merge_checkpoints(*pair, 2, tmp_path / "out")
         assert not [path for path in output.iterdir() if "old weights" in path.read_text("latin1")]
@@ -211,6 +211,14 @@ class TestFolder:
         output = merge_checkpoints(*pair, 2, tmp_path / "out")
         assert "an older card" not in (output / "README.md").read_text()
 
+    def test_nor_what_an_export_says_about_itself(
+        self, pair: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        for name in ("export.json", "manifest.json"):
+            (pair[0] / name).write_text("{}")
+        output = merge_checkpoints(*pair, 2, tmp_path / "out")
+        assert {"export.json", "manifest.json"}.isdisjoint(path.name for path in output.iterdir())
+
 
 class TestRefusals:
     def test_an_existing_output(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -218,6 +226,14 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"out exists; delete it or choose another --out"):
             merge_checkpoints(*pair, 2, tmp_path / "out")
         assert list((tmp_path / "out").iterdir()) == []
+
+    def test_an_output_that_can_not_be_made(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        with pytest.raises(InputError, match="link exists"):
+            prepare_merge(*pair, 2, tmp_path / "link")
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(InputError, match="file is no folder; choose another one"):
+            prepare_merge(*pair, 2, tmp_path / "file/below/out")
 
     @pytest.mark.parametrize("stage", [0, -1])
     def test_a_stage_below_one(self, pair: tuple[Path, Path], tmp_path: Path, stage: int) -> None:
