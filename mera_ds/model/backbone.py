@@ -1,6 +1,7 @@
 """Loading the shared language model and its tokenizer from an HF checkpoint folder."""
 
 import importlib.util
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from mera_ds.model.recompute import set_recomputation
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+_SHOWN = 10
+"""Tensors that a message names."""
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load a tokenizer from a local folder; never from a hub."""
     try:
@@ -36,17 +41,19 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
 
     Raises:
         InputError: if the folder is no causal language model that transformers knows.
-        DataError: if its weights are damaged.
+        DataError: if its weights are damaged, or not exactly those that its `config.json` needs.
     """
     transformers.utils.logging.disable_progress_bar()
     attention, reason = choose_attention(config)
     try:
-        llm = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[config.dtype],
             attn_implementation=attention,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused below
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"backbone.path: no model can be loaded from {folder}: {error}") from None
@@ -54,6 +61,8 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
         raise DataError(
             f"backbone.path: the weights in {folder} are damaged ({error}); restore them"
         ) from None
+    llm, report = loaded
+    _require_all_tensors(report, folder)
     _refuse_scaled_logits(llm, folder)
     prepare_backbone(llm, config)
     logger.info(
@@ -61,6 +70,24 @@ def load_backbone(config: BackboneConfig, folder: Path) -> PreTrainedModel:
         *(config.dtype, attention, reason),
     )
     return llm
+
+
+_FAULTS = {
+    "missing_keys": "lacks tensors that its config.json needs",
+    "mismatched_keys": "holds tensors of another shape than its config.json says",
+    "unexpected_keys": "holds tensors that its config.json has no place for",
+}
+"""What transformers reports; the first two it would draw at random, the third leave away."""
+
+
+def _require_all_tensors(report: Mapping[str, Iterable[Any]], folder: Path) -> None:
+    for key, fault in _FAULTS.items():
+        names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[key])
+        if names:
+            shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+            raise DataError(
+                f"backbone.path: {folder} {fault} ({len(names)}): {shown}; fetch the folder again"
+            )
 
 
 def prepare_backbone(llm: PreTrainedModel, config: BackboneConfig) -> None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 from chat_backbones import END, FAMILIES, WIDTH, write_backbone
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mera_ds.batch import Batch, Sample
 from mera_ds.checkpoint import NewDelta, write_product
 from mera_ds.config import RunConfig, load_profile
 from mera_ds.data.prompts import PromptBuilder
-from mera_ds.errors import InputError
+from mera_ds.errors import DataError, InputError
 from mera_ds.identity import base_sha256
 from mera_ds.model.backbone import load_backbone, load_tokenizer
 from mera_ds.model.build import build_encoders, build_model
@@ -179,6 +180,28 @@ def test_folding_a_delta_gives_what_lora_gave(folder: Path, tmp_path: Path) -> N
 def test_the_connector_is_as_wide_as_the_embedding(folder: Path, tmp_path: Path) -> None:
     model = build(config_of(folder), tmp_path)
     assert model.connectors["image"].layers[-1].out_features == WIDTH
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "complaint"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", None, "lacks tensors that its config.json needs"),
+        ("model.layers.1.mlp.up_proj.weight", (5, 5), "of another shape than its config.json"),
+        ("model.layers.2.mlp.up_proj.weight", (5, 5), "that its config.json has no place for"),
+    ],
+)
+def test_other_tensors_than_the_configuration_needs_are_named(
+    name: str, shape: tuple[int, int] | None, complaint: str, tmp_path: Path
+) -> None:
+    llama = write_backbone(tmp_path / "llama", "llama")
+    tensors = load_file(llama / "model.safetensors")
+    if shape is None:
+        del tensors[name]
+    else:
+        tensors[name] = torch.zeros(shape)
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=rf"{complaint}.* \(1\): {name}; fetch the folder again"):
+        load_backbone(config_of(llama).backbone, llama)
 
 
 class TestAttention:
