@@ -292,6 +292,8 @@ class RunConfig:
             _require_counts(getattr(self, section), section)
         for name in self.order:
             require_known(name, self.modalities, "order: modality")
+        if not self.order:
+            raise InputError(f"order is empty; name some of {', '.join(self.modalities)}")
         if len(set(self.order)) != len(self.order):
             raise InputError(f"order names a modality twice: {', '.join(self.order)}")
         if self.tune.lr_backbone is None:

@@ -48,6 +48,7 @@ class TestOverrides:
             ("replay.percent=101", r"replay\.percent is 101\.0; it must be in \(0, 100\]"),
             ("tune.lr_backbone=null", r"tune\.lr_backbone is missing"),
             ("order=[image, image]", r"order names a modality twice: image, image"),
+            ("order=[]", r"order is empty; name some of image, "),
             ("order=[imgae]", r"order: modality 'imgae' is unknown; did you mean 'image'"),
         ],
     )

@@ -304,6 +304,16 @@ class TestDiagnosisByScores:
         assert ended.status == 2
         assert "image scored 0 on all its tests when it was learnt" in ended.errors
 
+    def test_scores_of_another_judge_are_not_compared_with_those_of_now(
+        self, runs: Mapping[str, Path], tmp_path: Path
+    ) -> None:
+        run = Path(shutil.copytree(runs["finetune"], tmp_path / "finetune"))
+        config = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(config.replace("tokenizer: auto", "tokenizer: raw"))
+        before = self.diagnose(run)
+        succeed(f"mera-ds run {run}", run)
+        assert self.diagnose(run) == before
+
 
 class TestRunningAgain:
     def test_finished_runs_are_left_alone(self, place: Path, runs: Mapping[str, Path]) -> None:

@@ -20,10 +20,12 @@ from mera_ds.evaluate.generate import predict_test, prediction_settings
 from mera_ds.evaluate.items import test_tasks
 from mera_ds.evaluate.loss import mean_loss
 from mera_ds.evaluate.predictions import load_predictions, scored_tests
+from mera_ds.evaluate.run import has_scores_of_now
 from mera_ds.evaluate.score import score_test
 from mera_ds.files import sha256_json
 from mera_ds.model.backbone import load_tokenizer
 from mera_ds.model.mllm import MultimodalLM
+from mera_ds.plan import EvaluateStep, load_plan
 from mera_ds.settings import dump
 
 Opened = tuple[ModalityData, UnitReader]
@@ -71,9 +73,15 @@ class ScoreLost:
         self._world = world
         self._tokenizer = load_tokenizer(resolve_path(config.backbone.path, run))
         self._prompts = PromptBuilder(config.prompt, self._tokenizer)
+        comparable = {
+            step.stage
+            for step in load_plan(run / "plan.json").steps
+            if isinstance(step, EvaluateStep) and has_scores_of_now(run, config, step)
+        }
         self._evaluated = {
             (row["model"], row["modality"], row["dataset"], row["task"]): float(row["score"])
             for row in (test.row for test in scored_tests(run))
+            if row["stage"] in comparable
         }
         self._first: dict[str, dict[tuple[str, str], float]] = {}
 

@@ -26,7 +26,7 @@ from mera_ds.evaluate.judge_prompt import (
     joined_answers,
     parse_reply,
 )
-from mera_ds.evaluate.pace import Pace, seconds_until_retry
+from mera_ds.evaluate.pace import Pace, read_reply, seconds_until_retry
 from mera_ds.files import failpoint, full_disk_is_an_error, sha256_json
 from mera_ds.log import logger
 
@@ -89,7 +89,7 @@ class OpenAIJudge:
             cache: JSON-lines file of verdicts; made if missing, only ever appended to.
             prices: needed for a model that `PRICES` does not list (zeros for a local server).
             max_dollars: refuse to start above this estimate, and stop asking when it is spent.
-            timeout: seconds for connecting, and for each piece of a reply.
+            timeout: seconds for connecting, until a reply begins, and until it has ended.
             max_retries: repetitions of a request after 408, 409, 429, 5xx, a timeout or a broken
                 connection (see `seconds_until_retry`).
             requests_per_minute: repetitions count; None: as fast as the server answers.
@@ -117,6 +117,7 @@ class OpenAIJudge:
         self._budget = _Budget(max_dollars)
         self._pace = Pace(requests_per_minute, tokens_per_minute)
         self._max_retries = max_retries
+        self._timeout = timeout
         self._client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=0)
         self._failures = 0
         self._last_failure = ""
@@ -209,7 +210,7 @@ class OpenAIJudge:
         """Send one request; return the reply ("" for one without text) and its cost in dollars."""
         cost = self._cost(_prompt_tokens(item), MAX_REPLY_TOKENS)
         try:
-            completion = self._client.chat.completions.create(
+            with self._client.chat.completions.with_streaming_response.create(
                 model=self.name,
                 messages=[
                     {"role": "system", "content": SYSTEM_PROMPT},
@@ -217,20 +218,21 @@ class OpenAIJudge:
                 ],
                 temperature=0,
                 max_tokens=MAX_REPLY_TOKENS,
-            )
-            reply = completion.choices[0].message.content or ""
+            ) as response:
+                completion = json.loads(read_reply(response, self._timeout))
+            reply = completion["choices"][0]["message"]["content"] or ""
             if not isinstance(reply, str):
                 return "", cost
-        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
-            return "", cost  # not a chat completion; the client hands such things through
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return "", cost  # not a chat completion
         return self._without_key(reply), self._spent(completion, cost)
 
     def _spent(self, completion: Any, estimate: float) -> float:
         """Return the dollars of a reply, as its server counts tokens, else the estimate."""
         try:
-            usage = completion.usage
-            dollars = self._cost(usage.prompt_tokens, usage.completion_tokens)
-        except (AttributeError, TypeError):
+            usage = completion["usage"]
+            dollars = self._cost(usage["prompt_tokens"], usage["completion_tokens"])
+        except (LookupError, TypeError):
             return estimate
         return dollars if dollars >= 0 else estimate
 

@@ -1,4 +1,4 @@
-"""How fast a server is asked: rates per minute, and how long to wait before asking again."""
+"""How fast a server is asked, how long it may take, and how long to wait before asking again."""
 
 import email.utils
 import math
@@ -7,11 +7,15 @@ import threading
 import time
 from collections.abc import Mapping
 from datetime import UTC
+from typing import Any
 
 import openai
+from openai import APIResponse
 
 LONGEST_WAIT = 300.0
 """Seconds; a server that wants a longer wait gets no further request for this answer."""
+LONGEST_REPLY = 1_000_000
+"""Bytes; what is longer is no reply to a question of ours."""
 _FIRST_WAIT, _LONGEST_BACKOFF = 0.5, 8.0
 
 
@@ -88,3 +92,26 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time()
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def read_reply(response: APIResponse[Any], seconds: float) -> bytes:
+    """Return the text of a reply that has begun; one that trickles ends after so many seconds.
+
+    Raises:
+        openai.APIConnectionError: the connection broke, or (`APITimeoutError`) the time is over.
+        ValueError: the reply is longer than `LONGEST_REPLY`.
+    """
+    end = time.monotonic() + seconds
+    content = bytearray()
+    try:
+        for piece in response.iter_bytes():
+            content += piece
+            if len(content) > LONGEST_REPLY or time.monotonic() > end:
+                break
+    except Exception as error:  # those of the HTTP library
+        raise openai.APIConnectionError(request=response.http_request) from error
+    if time.monotonic() > end:
+        raise openai.APITimeoutError(response.http_request)
+    if len(content) > LONGEST_REPLY:
+        raise ValueError("the reply is too long")
+    return bytes(content)

@@ -17,6 +17,11 @@ PER_ITEM = "per_item.json"
 """What each test item scored, for confidence intervals."""
 WITHOUT_MEDIA = "without-media.json"
 """File of a run: what the bare backbone scores on each test without media."""
+SPEED_AND_MONEY = (
+    *("judge_concurrency", "judge_requests_per_minute", "judge_tokens_per_minute"),
+    *("judge_max_dollars", "judge_prices"),
+)
+"""Settings of an evaluation that change no score."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mera_ds.evaluate.parts import Generated
 from mera_ds.evaluate.predictions import (
     PER_ITEM,
     SCORES,
+    SPEED_AND_MONEY,
     Prediction,
     load_predictions,
     predictions_name,
@@ -38,11 +39,6 @@ from mera_ds.plan import EvaluateStep
 from mera_ds.settings import dump
 from mera_ds.shards.format import read_index
 
-_SPEED_AND_MONEY = (
-    *("judge_concurrency", "judge_requests_per_minute", "judge_tokens_per_minute"),
-    *("judge_max_dollars", "judge_prices"),
-)
-"""Settings of the evaluation that change no score."""
 RESULTS = "results.jsonl"
 SHOWN = 8
 """Predictions of a test that TensorBoard shows."""
@@ -63,19 +59,25 @@ def evaluation_key(run: Path, config: RunConfig, step: EvaluateStep) -> str:
     model = [manifest.key, manifest.model_sha256]
     said = sha256_json([model, prediction_settings(config.evaluate), dump(config.prompt), data])
     settings = dump(config.evaluate)
-    scoring = {name: value for name, value in settings.items() if name not in _SPEED_AND_MONEY}
+    scoring = {name: value for name, value in settings.items() if name not in SPEED_AND_MONEY}
     name = predictions_name(said)
     return name + sha256_json([said, scoring])[len(name) :]
 
 
 def evaluation_is_finished(run: Path, config: RunConfig, step: EvaluateStep) -> bool:
+    """Return whether nothing is left to do: the scores are those of now, and all that follows."""
+    path = run / step.output / SCORES
+    if not (run / step.output / PER_ITEM).exists() or not has_scores_of_now(run, config, step):
+        return False
+    # A process may have been killed before it put them together.
+    return path not in _collected(run) or _has_results(run, _lines([path]))
+
+
+def has_scores_of_now(run: Path, config: RunConfig, step: EvaluateStep) -> bool:
     """Return whether the scores exist and belong to the model and settings of now."""
     path = run / step.output / SCORES
-    there = path.exists() and (run / step.output / PER_ITEM).exists()
-    if not there or not (run / step.start / "manifest.json").exists():
+    if not path.exists() or not (run / step.start / "manifest.json").exists():
         return False
-    if path in _collected(run) and not _has_results(run, _lines([path])):
-        return False  # a process was killed before it put them together
     return bool(read_json(path)["key"] == evaluation_key(run, config, step))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mera_ds.config import RunConfig, load_config
 from mera_ds.errors import DataError, InputError
-from mera_ds.evaluate.predictions import WITHOUT_MEDIA
+from mera_ds.evaluate.predictions import SPEED_AND_MONEY, WITHOUT_MEDIA
 from mera_ds.files import read_json
 from mera_ds.settings import dump, parse
 
@@ -21,6 +21,7 @@ _DESCRIPTIVE = {
     *("profile", "description", "limits", "method", "order", "seed", "build", "plugins"),
     "execution",
 }
+_NO_MATTER = {f"evaluate.{name}" for name in SPEED_AND_MONEY}
 """Settings that name a run or don't change what it computes."""
 
 
@@ -93,7 +94,7 @@ class Run:
     def settings(self) -> dict[str, str]:
         """Return the settings that change what the run computes, by dotted key."""
         plain = {key: value for key, value in dump(self.config).items() if key not in _DESCRIPTIVE}
-        return dict(_flatten(plain, ""))
+        return {key: value for key, value in _flatten(plain, "") if key not in _NO_MATTER}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

@@ -50,6 +50,8 @@ class ChatServer(ThreadingHTTPServer):
         self.respond: Callable[[int, dict[str, Any]], Reply] = lambda n, payload: completion(YES)
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
+        self.pause = 0.0
+        """Seconds after each byte of a reply."""
         self.active = 0
         self.most_active = 0
         self.lock = threading.Lock()
@@ -85,7 +87,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        size = 1 if self.server.pause else len(body) or 1
+        for start in range(0, len(body), size):
+            self.wfile.write(body[start : start + size])
+            time.sleep(self.server.pause)
 
     def log_message(self, *arguments: Any) -> None:
         """Write no log."""

@@ -324,6 +324,18 @@ def test_timeouts_end_as_missing(
     assert len(server.requests) == 2
 
 
+def test_a_reply_that_trickles_ends_as_missing(
+    server: ChatServer, make_judge: Callable[..., OpenAIJudge]
+) -> None:
+    server.pause = 0.05  # each byte comes in time, all of them in 12 seconds
+    start = time.monotonic()
+    (judgement,) = make_judge(timeout=0.2, max_retries=1).judge([item()])
+    assert time.monotonic() - start < 6
+    assert judgement.verdict == "error"
+    assert "Timeout" in judgement.detail
+    assert len(server.requests) == 2
+
+
 @pytest.mark.parametrize(
     "reply",
     [
@@ -337,12 +349,13 @@ def test_timeouts_end_as_missing(
         (200, {"Content-Type": "application/json"}, b""),
         (200, {"Content-Type": "application/json"}, b'{"choices": {"first": {}}}'),
         (200, {"Content-Type": "application/json"}, b"[" * 100_000),
+        (200, {"Content-Type": "application/json"}, completion(YES)[2] + b" " * 2_000_000),
         completion([{"type": "text", "text": YES}]),
         completion(5),
     ],
     ids=[
         *("empty", "refusal", "truncated", "no-choice", "broken", "null", "html", "no-body"),
-        *("choices-object", "deep", "content-list", "content-number"),
+        *("choices-object", "deep", "long", "content-list", "content-number"),
     ],
 )
 def test_unusable_replies_are_asked_again_twice_then_invalid(

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mera_ds.config import EvaluateConfig
 from mera_ds.errors import InputError
 from mera_ds.evaluate.predictions import WITHOUT_MEDIA
 from mera_ds.report import write_report
@@ -247,6 +248,13 @@ def test_runs_with_different_settings_are_never_averaged(make_run: MakeRun, tmp_
     assert line_of(report.text, "MERA(1%)", "4", "pointcloud")[3:5] == ["1", "95.18+"]
     assert line_of(report.text, "MERA(10%)", "4", "pointcloud")[3:5] == ["1", "98.05+"]
     assert "mera differs in replay.percent: MERA(1%) 1, MERA(10%) 10." in report.text
+
+
+def test_what_judging_may_cost_makes_no_other_runs(make_run: MakeRun, tmp_path: Path) -> None:
+    paid = EvaluateConfig(judge_max_dollars=50.0, judge_concurrency=1)
+    runs = [make_run("one", "mera"), make_run("two", "mera", seed=1, evaluate=paid)]
+    report = write_report(runs, tmp_path / "out")
+    assert "differs in" not in report.text
 
 
 def test_profiles_are_never_compared(make_run: MakeRun, tmp_path: Path) -> None:
