@@ -4,6 +4,7 @@ A run's settings are read from `<run>/config.yaml` alone. `ExecutionConfig` hold
 between two executions of a run (processes, ZeRO stage, …); all else is fixed when it is made.
 """
 
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from mera_ds.settings import (
     parse,
     read_yaml,
     require_known,
+    require_ranges,
 )
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -208,6 +210,13 @@ class EvaluateConfig:
     """US dollars per million input and output tokens, for a model whose prices aren't known."""
     tokenizer: Literal["auto", "ptb-java", "ptb-python", "raw"] = "auto"
 
+    def __post_init__(self) -> None:
+        """Check the prices, which a run would miss only when it has trained."""
+        if len(self.judge_prices) not in (0, 2) or any(price < 0 for price in self.judge_prices):
+            raise InputError(
+                "evaluate.judge_prices must be [input, output], in dollars per million tokens"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
@@ -289,7 +298,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check ranges, and that the order names each configured modality at most once."""
         for section in ("prompt", "lora", "align", "tune", "realign", "evaluate", "execution"):
-            _require_counts(getattr(self, section), section)
+            require_ranges(getattr(self, section), section, _RANGES, _FROM_ZERO)
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}; it must be at least 0")
         for name in self.order:
             require_known(name, self.modalities, "order: modality")
         if not self.order:
@@ -309,12 +320,13 @@ class RunConfig:
         return {"align": self.align, "tune": self.tune, "realign": self.realign}[name]
 
 
-def _require_counts(section: Any, where: str) -> None:
-    """Raise `InputError` naming a whole number that is negative, or 0 where that means nothing."""
-    for name, value in vars(section).items():
-        least = 0 if name in ("workers", "zero", "max_nonfinite_steps", "keep_every") else 1
-        if type(value) is int and value < least:
-            raise InputError(f"{where}.{name} is {value}; it must be at least {least}")
+_FROM_ZERO = ("workers", "zero", "max_nonfinite_steps", "keep_every")
+"""Whole numbers of which 0 means something."""
+_RANGES = {
+    **dict.fromkeys(("lr_connector", "lr_backbone", "weight_decay"), (0.0, math.inf)),
+    **dict.fromkeys(("max_grad_norm", "judge_max_dollars"), (0.0, math.inf)),
+    **dict.fromkeys(("warmup_ratio", "dropout"), (0.0, 1.0)),
+}
 
 
 def profile_names() -> list[str]:
@@ -373,9 +385,12 @@ def load_config(run: Path, execution: typing.Sequence[str] = ()) -> RunConfig:
             f"there is no run at {run}; {f'it holds runs: say {run}/*' if inside else remedy}"
         )
     for text in execution:
-        if not text.startswith("execution."):
+        section = text.partition(".")[0]
+        if section != "execution":
+            remedy = "make a new run with 'mera-ds init'"
+            if section == "evaluate":
+                remedy = f"change it in {path}, and the same command makes the scores anew"
             raise InputError(
-                f"'{text}' can't change in an existing run (only execution.* can); "
-                "make a new run with 'mera-ds init'"
+                f"'{text}' can't change in an existing run (only execution.* can); {remedy}"
             )
     return parse(RunConfig, apply_overrides(read_yaml(path), execution), str(path))

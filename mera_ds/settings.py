@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -182,3 +183,26 @@ def apply_overrides(values: Mapping[str, Any], overrides: typing.Sequence[str]) 
         except yaml.YAMLError:  # a text, such as `{run}/weights`; its type is checked later
             target[last] = raw
     return result
+
+
+def require_ranges(
+    section: Any,
+    where: str,
+    ranges: Mapping[str, tuple[float, float]],
+    from_zero: Collection[str],
+) -> None:
+    """Raise `InputError` naming a number that is out of its range.
+
+    Args:
+        section: a dataclass of settings.
+        where: its name.
+        ranges: the least and the largest value by setting; other whole numbers begin at 1.
+        from_zero: whole numbers that begin at 0.
+    """
+    for name, value in vars(section).items():
+        low, high = ranges.get(name, (-math.inf, math.inf))
+        if type(value) is int and name not in ranges:
+            low = 0.0 if name in from_zero else 1.0
+        if isinstance(value, int | float) and not low <= value <= high:
+            wanted = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+            raise InputError(f"{where}.{name} is {value}; it must be {wanted}")

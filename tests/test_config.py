@@ -40,6 +40,12 @@ class TestOverrides:
             ("evaluate.limit=0", r"evaluate\.limit is 0; it must be at least 1"),
             ("evaluate.batch_size=0", r"evaluate\.batch_size is 0; it must be at least 1"),
             ("lora.rank=0", r"lora\.rank is 0; it must be at least 1"),
+            ("seed=-1", r"seed is -1; it must be at least 0"),
+            ("tune.warmup_ratio=2", r"tune\.warmup_ratio is 2\.0; it must be in \[0, 1\]"),
+            ("align.lr_connector=-1", r"align\.lr_connector is -1\.0; it must be at least 0"),
+            ("realign.weight_decay=.nan", r"realign\.weight_decay is nan; it must be at least 0"),
+            ("lora.dropout=1.5", r"lora\.dropout is 1\.5; it must be in \[0, 1\]"),
+            ("evaluate.judge_prices=[1]", r"judge_prices must be \[input, output\]"),
             ("replay.percent=0", r"replay\.percent is 0\.0; it must be in \(0, 100\]"),
             (
                 "replay.realign_percent=0",
@@ -139,6 +145,11 @@ class TestRunFolder:
         save_config(load_profile("tiny"), tmp_path / "config.yaml")
         with pytest.raises(InputError, match=rf"'{text}' can't change in an existing run"):
             load_config(tmp_path, [text])
+
+    def test_how_it_is_scored_changes_in_its_file(self, tmp_path: Path) -> None:
+        save_config(load_profile("tiny"), tmp_path / "config.yaml")
+        with pytest.raises(InputError, match=r"change it in .*config\.yaml, and the same command"):
+            load_config(tmp_path, ["evaluate.judge=openai"])
 
     def test_a_folder_without_a_run_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"there is no run at .*mera-ds init"):

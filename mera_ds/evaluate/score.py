@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mera_ds.config import EvaluateConfig, cache_folder
-from mera_ds.errors import DataError, InputError
+from mera_ds.errors import DataError
 from mera_ds.evaluate.cider import cider
 from mera_ds.evaluate.judge import Judge, JudgeItem, OfflineJudge, accuracy
 from mera_ds.evaluate.predictions import Prediction
@@ -93,8 +93,6 @@ def make_judge(config: EvaluateConfig, cache: Path) -> Judge:
         return OfflineJudge(config.judge)
     from mera_ds.evaluate.openai_judge import OpenAIJudge, Prices
 
-    if config.judge_prices and len(config.judge_prices) != 2:
-        raise InputError("evaluate.judge_prices must be [input, output], in dollars per million")
     return OpenAIJudge(
         cache,
         model=config.judge_model,

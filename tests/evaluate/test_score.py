@@ -122,11 +122,6 @@ class TestQuestions:
             score_questions(answers("cat", "dog", "2", "there"), config)
         assert CANARY not in str(caught.value)
 
-    def test_prices_are_a_pair(self, tmp_path: Path) -> None:
-        config = EvaluateConfig(judge="openai", judge_prices=(1.0,))
-        with pytest.raises(InputError, match=r"judge_prices must be \[input, output\]"):
-            make_judge(config, tmp_path)
-
 
 @pytest.fixture(scope="module")
 def evaluated(make_tiny_run: Callable[..., Path]) -> Path:
