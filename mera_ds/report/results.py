@@ -21,8 +21,8 @@ _DESCRIPTIVE = {
     *("profile", "description", "limits", "method", "order", "seed", "build", "plugins"),
     "execution",
 }
-_NO_MATTER = {f"evaluate.{name}" for name in SPEED_AND_MONEY}
 """Settings that name a run or don't change what it computes."""
+_NO_MATTER = {f"evaluate.{name}" for name in SPEED_AND_MONEY}
 
 
 @dataclass(frozen=True)
