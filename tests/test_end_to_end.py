@@ -17,6 +17,7 @@ import pytest
 from cli.commands import Ended, finish, readme_block, start, succeed, wait_for
 
 from mera_ds.checkpoint import Manifest, read_manifest
+from mera_ds.cli import main
 from mera_ds.files import sha256_file
 
 pytestmark = pytest.mark.slow
@@ -259,7 +260,7 @@ class TestJudges:
 
 class TestDiagnosisByScores:
     def diagnose(self, run: Path) -> list[dict[str, Any]]:
-        succeed(f"mera-ds diagnose {run} --samples 4 --scores", run)
+        assert main(["diagnose", str(run), "--samples", "4", "--scores"]) == 0
         assert (run / "report/diagnosis-scores.png").read_bytes().startswith(PNG)
         found = json.loads((run / "report/diagnosis-scores.json").read_text())
         assert found["measure"] == "score lost, %"
@@ -311,7 +312,7 @@ class TestDiagnosisByScores:
         config = (run / "config.yaml").read_text()
         (run / "config.yaml").write_text(config.replace("tokenizer: auto", "tokenizer: raw"))
         before = self.diagnose(run)
-        succeed(f"mera-ds run {run}", run)
+        assert main(["run", str(run)]) == 0
         assert self.diagnose(run) == before
 
 
